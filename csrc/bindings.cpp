@@ -1,0 +1,136 @@
+// The one file that knows Python: checks sizes, releases the GIL, hands pointers to the kernels.
+// Tensors come as addresses; python/fasthyp/ops has checked dtype, device, shape and contiguity.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/cpu_features.h"
+#include "common/philox.h"
+#include "common/philox_cpu.h"
+#include "common/thread_pool.h"
+#include "coupling/coupling.h"
+
+namespace py = pybind11;
+using namespace fasthyp;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+std::span<const T> view(Address address, std::int64_t count) {
+  return {pointer<const T>(address), static_cast<std::size_t>(count)};
+}
+
+// --- coupling ---
+
+struct PlanInfo {
+  std::int64_t packed_bytes;
+  int dim, cond_dim;
+  bool is_double;
+};
+
+PlanInfo coupling_plan_info(const std::vector<std::int64_t>& plan) {
+  const coupling::Flow flow = coupling::parse_plan(plan);
+  return {flow.packed_bytes, flow.dim, flow.cond_dim, flow.element == coupling::Element::f64};
+}
+
+void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, Address weight,
+                   Address bias, const std::vector<std::int64_t>& cond_columns, Address packed) {
+  const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
+  py::gil_scoped_release release;
+  if (flow.element == coupling::Element::f64)
+    coupling::pack_layer(flow, index, layer, pointer<const double>(weight), pointer<const double>(bias),
+                         cond_columns, pointer<std::byte>(packed));
+  else
+    coupling::pack_layer(flow, index, layer, pointer<const float>(weight), pointer<const float>(bias),
+                         cond_columns, pointer<std::byte>(packed));
+}
+
+void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,
+                  bool inverse, std::int64_t images, std::int64_t per_image, Address input,
+                  Address cond, Address output, Address log_det, int threads, std::uint64_t seed,
+                  std::int64_t image_offset, Address fixed, int fixed_dims, bool include_mode) {
+  py::gil_scoped_release release;
+  const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
+  if (packed_bytes < flow.packed_bytes) throw std::invalid_argument("flow: packed weights too short");
+  if (fixed_dims < 0 || fixed_dims > flow.dim) throw std::invalid_argument("flow: fixed too wide");
+  coupling::run({&flow, pointer<const std::byte>(packed), inverse, images, per_image,
+                 pointer<const void>(input), pointer<const void>(cond), pointer<void>(output),
+                 pointer<void>(log_det), threads, seed, image_offset, pointer<const void>(fixed),
+                 fixed_dims, include_mode});
+}
+
+void coupling_affine(Address state, std::int64_t rows, int dim, Address raw, bool is_double,
+                     const std::vector<std::int64_t>& active, double clamp, int clamp_activation,
+                     bool inverse, Address log_det, int threads) {
+  py::gil_scoped_release release;
+  const auto kind = static_cast<coupling::Clamp>(clamp_activation);
+  if (is_double)
+    coupling::affine(pointer<double>(state), rows, dim, pointer<const double>(raw), active, clamp,
+                     kind, inverse, pointer<double>(log_det), threads);
+  else
+    coupling::affine(pointer<float>(state), rows, dim, pointer<const float>(raw), active, clamp, kind,
+                     inverse, pointer<float>(log_det), threads);
+}
+
+void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
+                   std::uint64_t seed, std::int64_t image_offset, int threads) {
+  py::gil_scoped_release release;
+  parallel(threads, [&](int shard, int shards) {
+    const Range r = shard_range(images * per_image, shard, shards);
+    for (std::int64_t row = r.begin; row < r.end; ++row)
+      philox_normal_row(seed, static_cast<std::uint32_t>(image_offset + row / per_image),
+                        static_cast<std::uint32_t>(row % per_image), dim,
+                        pointer<float>(out) + row * dim);
+  });
+}
+
+std::array<std::uint32_t, 4> philox4x32(const std::array<std::uint32_t, 4>& counter,
+                                        std::uint32_t key0, std::uint32_t key1) {
+  const philox::Words w =
+      philox::philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key0, key1);
+  return {w.w[0], w.w[1], w.w[2], w.w[3]};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of fasthyp; use fasthyp.ops.";
+  m.attr("version") = FASTHYP_VERSION;
+#if defined(FASTHYP_WITH_CUDA)
+  m.attr("cuda_archs") = FASTHYP_CUDA_ARCHS;
+#else
+  m.attr("cuda_archs") = py::none();
+#endif
+  m.def("simd_levels", [] {
+    std::vector<std::string> names;
+    for (const Simd level : simd_levels()) names.emplace_back(simd_name(level));
+    return names;
+  });
+  m.def("simd_level", [] { return std::string(simd_name(simd_level())); });
+  m.def("set_simd_level", &set_simd_level);
+
+  py::class_<PlanInfo>(m, "PlanInfo")
+      .def_readonly("packed_bytes", &PlanInfo::packed_bytes)
+      .def_readonly("dim", &PlanInfo::dim)
+      .def_readonly("cond_dim", &PlanInfo::cond_dim)
+      .def_readonly("is_double", &PlanInfo::is_double);
+  m.def("coupling_plan_info", &coupling_plan_info);
+  m.def("coupling_lanes", [](int element) { return coupling::lanes(static_cast<coupling::Element>(element)); });
+  m.def("coupling_pack", &coupling_pack);
+  m.def("coupling_run", &coupling_run);
+  m.def("coupling_affine", &coupling_affine);
+  m.def("philox_normal", &philox_normal);
+  m.def("philox4x32", &philox4x32);
+}

@@ -1,0 +1,329 @@
+#include "coupling/coupling.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "common/cpu_features.h"
+#include "common/thread_pool.h"
+
+namespace fasthyp {
+
+#define FASTHYP_LEVEL(name) \
+  namespace name {          \
+  extern const coupling::Kernels coupling_kernels; \
+  }
+FASTHYP_LEVEL(portable)
+#if defined(FASTHYP_X86)
+FASTHYP_LEVEL(avx2)
+FASTHYP_LEVEL(avx512)
+FASTHYP_LEVEL(avx512bf16)
+#endif
+#undef FASTHYP_LEVEL
+
+namespace coupling {
+namespace {
+
+const Kernels& kernels() {
+  switch (simd_level()) {
+#if defined(FASTHYP_X86)
+    case Simd::avx2: return avx2::coupling_kernels;
+    case Simd::avx512: return avx512::coupling_kernels;
+    case Simd::avx512bf16: return avx512bf16::coupling_kernels;
+#endif
+    default: return portable::coupling_kernels;
+  }
+}
+
+constexpr std::int64_t kAlign = 64;
+std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
+std::size_t element_size(Element e) { return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2; }
+std::size_t state_size(Element e) { return e == Element::f64 ? 8 : 4; }
+
+// Vectors per block: the fewest padded vectors win; one vector alone leaves the FMA units waiting
+// for broadcasts, so it must be clearly better.
+int choose_vectors(int vectors) {
+  if (vectors == 1) return 1;
+  const int two = static_cast<int>(round_up(vectors, 2)), three = static_cast<int>(round_up(vectors, 3));
+  return three < two ? 3 : 2;
+}
+
+class Reader {
+ public:
+  explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
+  std::int64_t raw() {
+    if (at_ >= numbers_.size()) throw std::invalid_argument("flow plan: too short");
+    return numbers_[at_++];
+  }
+  int integer(const char* what, std::int64_t low, std::int64_t high) {
+    const std::int64_t v = raw();
+    if (v < low || v > high)
+      throw std::invalid_argument(std::string("flow plan: ") + what + " must be in [" +
+                                  std::to_string(low) + ", " + std::to_string(high) + "], got " +
+                                  std::to_string(v));
+    return static_cast<int>(v);
+  }
+  double real() { return std::bit_cast<double>(raw()); }
+  std::vector<int> slots(const char* what, int count, int dim) {
+    std::vector<int> v(count);
+    for (int& s : v) s = integer(what, 0, dim - 1);
+    return v;
+  }
+  bool done() const { return at_ == numbers_.size(); }
+
+ private:
+  std::span<const std::int64_t> numbers_;
+  std::size_t at_ = 0;
+};
+
+constexpr int kMaxWidth = 1 << 20;
+
+bool distinct(std::vector<int> v) {
+  std::sort(v.begin(), v.end());
+  return std::adjacent_find(v.begin(), v.end()) == v.end();
+}
+
+std::uint16_t to_bf16(float v) {
+  const auto bits = std::bit_cast<std::uint32_t>(v);
+  if (v != v) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Which earlier row of cond each row repeats (itself if none): index of the distinct row, and the
+// rows that are distinct, in order of first appearance.
+struct Distinct {
+  std::vector<std::int64_t> index, first;
+};
+Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row_bytes) {
+  Distinct d;
+  d.index.resize(rows);
+  std::unordered_multimap<std::uint64_t, std::int64_t> seen;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::byte* row = cond + r * row_bytes;
+    // Mostly the row before is the same one.
+    if (r > 0 && std::memcmp(row, row - row_bytes, row_bytes) == 0) {
+      d.index[r] = d.index[r - 1];
+      continue;
+    }
+    std::uint64_t hash = 1469598103934665603u;
+    for (std::size_t i = 0; i + 4 <= row_bytes; i += 4) {
+      std::uint32_t word;
+      std::memcpy(&word, row + i, 4);
+      hash = (hash ^ word) * 1099511628211u;
+    }
+    std::int64_t found = -1;
+    for (auto [it, end] = seen.equal_range(hash); it != end; ++it)
+      if (std::memcmp(row, cond + d.first[it->second] * row_bytes, row_bytes) == 0) found = it->second;
+    if (found < 0) {
+      found = static_cast<std::int64_t>(d.first.size());
+      d.first.push_back(r);
+      seen.emplace(hash, found);
+    }
+    d.index[r] = found;
+  }
+  return d;
+}
+
+// Hoisted sums of at most this many images are held at a time.
+constexpr std::int64_t kHoistBytes = std::int64_t(64) << 20;
+constexpr std::int64_t kRowGrain = 4;
+
+void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
+  const auto rows = kernels().rows[static_cast<int>(call.flow->element)];
+  const std::int64_t count = end - begin;
+  const int shards = static_cast<int>(std::clamp<std::int64_t>(count / kRowGrain, 1, call.threads));
+  parallel(shards, [&](int shard, int n) {
+    const Range r = shard_range(count, shard, n, kRowGrain);
+    if (r.begin < r.end) rows(job, begin + r.begin, begin + r.end);
+  });
+}
+
+void hoist(const Call& call, const void* cond, std::int64_t images, void* hoisted) {
+  const Flow& flow = *call.flow;
+  std::int64_t units = 0;
+  for (const Coupling& c : flow.couplings)
+    if (c.cond_padded > 0) units += c.layers[0].blocks;
+  const auto kernel = kernels().hoist[static_cast<int>(flow.element)];
+  parallel(call.threads, [&](int shard, int n) {
+    const Range r = shard_range(units, shard, n);
+    kernel(flow, call.packed, cond, images, r.begin, r.end, hoisted);
+  });
+}
+
+}  // namespace
+
+int lanes(Element element) { return kernels().lanes[static_cast<int>(element)]; }
+bool supports(Element element) { return lanes(element) > 0; }
+
+Flow parse_plan(std::span<const std::int64_t> plan) {
+  Reader in(plan);
+  Flow flow;
+  flow.dim = in.integer("dim", 1, kMaxWidth);
+  flow.cond_dim = in.integer("cond_dim", 0, kMaxWidth);
+  flow.element = static_cast<Element>(in.integer("element", 0, 2));
+  flow.lanes = in.integer("lanes", 1, 64);
+  const int couplings = in.integer("number of couplings", 0, 1 << 16);
+  flow.output_index = in.slots("output index", flow.dim, flow.dim);
+  if (!distinct(flow.output_index)) throw std::invalid_argument("flow plan: output index is no permutation");
+  const int step = flow.element == Element::bf16 ? 2 : 1;
+  const auto bytes = static_cast<std::int64_t>(element_size(flow.element));
+  std::int64_t offset = 0, hoisted = 0;
+  for (int i = 0; i < couplings; ++i) {
+    Coupling c;
+    const int active = in.integer("active count", 1, flow.dim);
+    const int passive = in.integer("passive count", 0, flow.dim);
+    const bool reads_cond = in.integer("reads condition", 0, 1) != 0;
+    const int layers = in.integer("layers", 1, 64);
+    c.activation = static_cast<Activation>(in.integer("activation", 0, 5));
+    c.clamp_activation = static_cast<Clamp>(in.integer("clamp activation", 0, 4));
+    c.negative_slope = in.real();
+    c.clamp = in.real();
+    c.active = in.slots("active slot", active, flow.dim);
+    c.passive = in.slots("passive slot", passive, flow.dim);
+    std::vector<int> both = c.active;
+    both.insert(both.end(), c.passive.begin(), c.passive.end());
+    if (!distinct(both)) throw std::invalid_argument("flow plan: active and passive slots overlap");
+    c.cond_padded = reads_cond ? static_cast<int>(round_up(flow.cond_dim, step)) : 0;
+    c.hoisted = hoisted;
+    int width = passive, width_padded = static_cast<int>(round_up(passive, step)), chunk = kChunk;
+    for (int l = 0; l < layers; ++l) {
+      Layer layer;
+      layer.in = width;
+      layer.in_padded = width_padded;
+      layer.chunk = chunk;
+      layer.out = in.integer("layer outputs", 1, kMaxWidth);
+      layer.vectors = choose_vectors((layer.out + flow.lanes - 1) / flow.lanes);
+      layer.block = layer.vectors * flow.lanes;
+      layer.blocks = (layer.out + layer.block - 1) / layer.block;
+      layer.weight = offset;
+      const std::int64_t inputs = layer.in_padded + (l == 0 ? c.cond_padded : 0);
+      offset = round_up(offset + inputs * layer.out_padded() * bytes, kAlign);
+      layer.bias = offset;
+      offset = round_up(offset + layer.out_padded() * static_cast<std::int64_t>(state_size(flow.element)), kAlign);
+      width = layer.out;
+      width_padded = layer.out_padded();
+      // The next layer sums over whole blocks of this one.
+      chunk = std::max(kChunk / layer.block, 1) * layer.block;
+      c.layers.push_back(layer);
+    }
+    if (width != 2 * active)
+      throw std::invalid_argument("flow plan: the last layer must have 2 * active outputs");
+    if (c.cond_padded > 0) hoisted += c.layers[0].out_padded();
+    flow.couplings.push_back(std::move(c));
+  }
+  if (!in.done()) throw std::invalid_argument("flow plan: too long");
+  flow.packed_bytes = std::max(offset, kAlign);
+  flow.hoisted_width = hoisted;
+  return flow;
+}
+
+template <class T>
+void pack_layer(const Flow& flow, int coupling, int layer, const T* weight, const T* bias,
+                std::span<const std::int64_t> cond_columns, std::byte* packed) {
+  if (coupling < 0 || coupling >= static_cast<int>(flow.couplings.size()))
+    throw std::invalid_argument("pack: no such coupling");
+  const Coupling& c = flow.couplings[coupling];
+  if (layer < 0 || layer >= static_cast<int>(c.layers.size()))
+    throw std::invalid_argument("pack: no such layer");
+  const Layer& l = c.layers[layer];
+  const int cond = layer == 0 ? c.cond_padded : 0;
+  // Stored input -> column of the given weight; -1: a zero.
+  std::vector<std::int64_t> column(cond + l.in_padded, -1);
+  for (std::size_t i = 0; i < cond_columns.size(); ++i) {
+    const std::int64_t at = cond_columns[i];
+    if (layer != 0 || at < 0 || at >= flow.cond_dim || at >= cond)
+      throw std::invalid_argument("pack: condition column out of range");
+    column[at] = l.in + static_cast<std::int64_t>(i);
+  }
+  for (int i = 0; i < l.in; ++i) column[cond + i] = i;
+  const std::int64_t given = l.in + static_cast<std::int64_t>(cond_columns.size());
+  const std::int64_t inputs = cond + l.in_padded;
+  const int pair = flow.element == Element::bf16 ? 2 : 1;
+  for (int o = 0; o < l.out_padded(); ++o) {
+    for (std::int64_t k = 0; k < inputs; ++k) {
+      const T v = o < l.out && column[k] >= 0 ? weight[o * given + column[k]] : T(0);
+      const std::int64_t at = (o / l.block * inputs + k / pair * pair) * l.block + o % l.block * pair + k % pair;
+      std::byte* base = packed + l.weight;
+      if (flow.element == Element::bf16) {
+        reinterpret_cast<std::uint16_t*>(base)[at] = to_bf16(static_cast<float>(v));
+      } else {
+        reinterpret_cast<T*>(base)[at] = v;
+      }
+    }
+    reinterpret_cast<T*>(packed + l.bias)[o] = o < l.out && bias ? bias[o] : T(0);
+  }
+}
+template void pack_layer<float>(const Flow&, int, int, const float*, const float*,
+                                std::span<const std::int64_t>, std::byte*);
+template void pack_layer<double>(const Flow&, int, int, const double*, const double*,
+                                 std::span<const std::int64_t>, std::byte*);
+
+void run(const Call& call) {
+  const Flow& flow = *call.flow;
+  if (flow.lanes != lanes(flow.element))
+    throw std::invalid_argument("flow: packed for another SIMD level than the one in use");
+  const std::int64_t rows = call.images * call.per_image;
+  if (rows == 0) return;
+  const std::size_t number = state_size(flow.element);
+  RowsJob job{&call, nullptr, nullptr, 0};
+  if (flow.hoisted_width == 0) return run_rows(call, job, 0, rows);
+
+  const std::size_t cond_row = flow.cond_dim * number;
+  const auto* cond = static_cast<const std::byte*>(call.cond);
+  const std::int64_t image_limit =
+      std::max<std::int64_t>(1, kHoistBytes / (flow.hoisted_width * static_cast<std::int64_t>(number)));
+
+  if (call.per_image == 1 && rows > 1) {
+    // Callers that know nothing of images repeat the condition for every hypothesis.
+    const Distinct d = find_distinct(cond, rows, cond_row);
+    const auto images = static_cast<std::int64_t>(d.first.size());
+    if (images > image_limit || images * 4 > rows) return run_rows(call, job, 0, rows);
+    std::vector<std::byte> distinct_cond(images * cond_row);
+    for (std::int64_t i = 0; i < images; ++i)
+      std::memcpy(distinct_cond.data() + i * cond_row, cond + d.first[i] * cond_row, cond_row);
+    std::vector<double> hoisted((images * flow.hoisted_width * number + 7) / 8);
+    hoist(call, distinct_cond.data(), images, hoisted.data());
+    job.image_of = d.index.data();
+    job.hoisted = hoisted.data();
+    return run_rows(call, job, 0, rows);
+  }
+
+  std::vector<double> hoisted((std::min(image_limit, call.images) * flow.hoisted_width * number + 7) / 8);
+  job.hoisted = hoisted.data();
+  for (std::int64_t first = 0; first < call.images; first += image_limit) {
+    const std::int64_t images = std::min(image_limit, call.images - first);
+    hoist(call, cond + first * cond_row, images, hoisted.data());
+    job.hoisted_begin = first;
+    run_rows(call, job, first * call.per_image, (first + images) * call.per_image);
+  }
+}
+
+template <class T>
+void affine(T* state, std::int64_t rows, int dim, const T* raw, std::span<const std::int64_t> active,
+            double clamp, Clamp clamp_activation, bool inverse, T* log_det, int threads) {
+  const auto count = static_cast<int>(active.size());
+  for (const std::int64_t a : active)
+    if (a < 0 || a >= dim) throw std::invalid_argument("affine: active slot out of range");
+  const int shards = static_cast<int>(std::clamp<std::int64_t>(rows * count / 8192, 1, threads));
+  parallel(shards, [&](int shard, int n) {
+    const Range r = shard_range(rows, shard, n);
+    T *s = state + r.begin * dim, *l = log_det + r.begin;
+    const T* u = raw + r.begin * 2 * count;
+    if constexpr (sizeof(T) == 8)
+      kernels().affine_f64(s, r.end - r.begin, dim, u, active.data(), count, clamp, clamp_activation, inverse, l);
+    else
+      kernels().affine_f32(s, r.end - r.begin, dim, u, active.data(), count, clamp, clamp_activation, inverse, l);
+  });
+}
+template void affine<float>(float*, std::int64_t, int, const float*, std::span<const std::int64_t>,
+                            double, Clamp, bool, float*, int);
+template void affine<double>(double*, std::int64_t, int, const double*, std::span<const std::int64_t>,
+                             double, Clamp, bool, double*, int);
+
+}  // namespace coupling
+}  // namespace fasthyp

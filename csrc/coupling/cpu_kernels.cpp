@@ -1,0 +1,640 @@
+// The fused flow: compiled once per SIMD level.
+//
+// A thread owns some rows and takes them through the whole flow. For each coupling, a tile of rows
+// goes through the MLP: hidden layers are computed a chunk at a time and the last layer consumes each
+// chunk at once, so hidden activations live in L1 (L2 for the inner layers of deep MLPs). Vectors run
+// along a layer's outputs, so one row is as good as a thousand and every row may have its own
+// condition. Every sum is made in the same order whatever the tile, so results do not depend on it.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+#include "coupling/coupling.h"
+#include "coupling/math.h"
+
+namespace fasthyp::FASTHYP_SIMD {
+
+void philox_normal_row(std::uint64_t seed, std::uint32_t image, std::uint32_t hypothesis, int dim,
+                       float* out);
+
+namespace {
+
+using coupling::Activation;
+using coupling::Call;
+using coupling::Coupling;
+using coupling::Flow;
+using coupling::Layer;
+using coupling::RowsJob;
+
+// --- operands: how weights and inputs are stored, and one multiply-accumulate step ---
+
+template <class T>
+struct Plain {
+  using State = T;
+  using In = T;
+  static constexpr int kStep = 1;  // inputs per step
+  static constexpr int kWidth = kLanes<T>;
+  using Acc = Vec<T>;
+  static FASTHYP_INLINE Acc weight(const In* w) { return load<T>(w); }
+  static FASTHYP_INLINE Acc input(const In* x) { return splat<T>(*x); }
+  static FASTHYP_INLINE Acc step(Acc acc, Acc x, Acc w) { return fma(x, w, acc); }
+  static FASTHYP_INLINE void store_in(In* p, Acc v) { store<T>(p, v); }
+  static FASTHYP_INLINE In convert(State v) { return v; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16 {
+  using State = float;
+  using In = std::uint16_t;
+  static constexpr int kStep = 2;
+  static constexpr int kWidth = 16;
+  using Acc = Vec<float>;
+  static FASTHYP_INLINE __m512bh weight(const In* w) { return (__m512bh)_mm512_loadu_si512(w); }
+  static FASTHYP_INLINE __m512bh input(const In* x) {
+    std::int32_t pair;
+    std::memcpy(&pair, x, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static FASTHYP_INLINE Acc step(Acc acc, __m512bh x, __m512bh w) {
+    return (Acc)_mm512_dpbf16_ps((__m512)acc, x, w);
+  }
+  static FASTHYP_INLINE void store_in(In* p, Acc v) {
+    const __m256bh b = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &b, 32);
+  }
+  static FASTHYP_INLINE In convert(State v) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (v != v) return static_cast<In>(bits >> 16 | 0x40);
+    return static_cast<In>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+};
+#endif
+
+// Rows that one register tile holds, by vectors per block: accumulators fill the registers.
+template <int NB>
+constexpr int kRows = FASTHYP_SIMD_BYTES == 64 ? (NB == 3 ? 8 : 12) : (NB == 3 ? 4 : NB == 2 ? 6 : 8);
+
+constexpr int kTile = 48;  // rows; a multiple of every kRows
+
+// --- register tile: R rows x NB vectors of outputs, over one chunk of inputs ---
+
+enum class Store { sums, hidden_relu };
+
+// out = (init ? init[row] + column : out) + x w. For hidden_relu, hidden = max(that, 0) instead.
+template <class P, int NB, int R, Store kStore>
+FASTHYP_INLINE void register_tile(const typename P::In* x, std::ptrdiff_t ldx,
+                                  const typename P::In* w, int inputs,
+                                  const typename P::State* const* init, std::ptrdiff_t column,
+                                  typename P::State* out, std::ptrdiff_t ldo,
+                                  typename P::In* hidden, std::ptrdiff_t ldh) {
+  using S = typename P::State;
+  constexpr int W = P::kWidth;
+  typename P::Acc acc[R][NB];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) acc[r][n] = splat<S>(0);
+  for (int k = 0; k < inputs; k += P::kStep) {
+    decltype(P::weight(w)) wv[NB];
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) wv[n] = P::weight(w + n * W * P::kStep);
+    w += NB * W * P::kStep;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const auto xv = P::input(x + r * ldx + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < NB; ++n) acc[r][n] = P::step(acc[r][n], xv, wv[n]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const S* base = init ? init[r] + column : out + r * ldo;
+#pragma GCC unroll 4
+    for (int n = 0; n < NB; ++n) {
+      const auto v = load<S>(base + n * W) + acc[r][n];
+      if constexpr (kStore == Store::hidden_relu)
+        P::store_in(hidden + r * ldh + n * W, activate<S>(v, Activation::relu, S(0)));
+      else
+        store<S>(out + r * ldo + n * W, v);
+    }
+  }
+}
+
+template <class P>
+struct Block {  // arguments of one block of outputs over one chunk of inputs, for many rows
+  const typename P::In* x;
+  std::ptrdiff_t ldx;
+  const typename P::In* w;
+  int inputs;
+  const typename P::State* const* init;
+  std::ptrdiff_t column;
+  typename P::State* out;
+  std::ptrdiff_t ldo;
+  typename P::In* hidden;
+  std::ptrdiff_t ldh;
+};
+
+template <class P, int NB, int R, Store kStore>
+int row_groups(const Block<P>& b, int row, int rows) {
+  if constexpr (R <= kRows<NB>) {
+    for (; row + R <= rows; row += R)
+      register_tile<P, NB, R, kStore>(b.x + row * b.ldx, b.ldx, b.w, b.inputs,
+                                      b.init ? b.init + row : nullptr, b.column,
+                                      b.out + row * b.ldo, b.ldo, b.hidden + row * b.ldh, b.ldh);
+  }
+  return row;
+}
+
+template <class P, int NB, Store kStore>
+void block_rows(const Block<P>& b, int rows) {
+  int row = 0;
+  row = row_groups<P, NB, 12, kStore>(b, row, rows);
+  row = row_groups<P, NB, 8, kStore>(b, row, rows);
+  row = row_groups<P, NB, 6, kStore>(b, row, rows);
+  row = row_groups<P, NB, 4, kStore>(b, row, rows);
+  row = row_groups<P, NB, 2, kStore>(b, row, rows);
+  row_groups<P, NB, 1, kStore>(b, row, rows);
+}
+
+template <class P, Store kStore>
+void block_rows(const Block<P>& b, int vectors, int rows) {
+  switch (vectors) {
+    case 1: return block_rows<P, 1, kStore>(b, rows);
+    case 2: return block_rows<P, 2, kStore>(b, rows);
+    default: return block_rows<P, 3, kStore>(b, rows);
+  }
+}
+
+// --- layers ---
+
+// One cache line of padding keeps rows of a power-of-two width out of the same cache sets.
+template <class T>
+constexpr std::ptrdiff_t padded_stride(std::ptrdiff_t width) {
+  constexpr std::ptrdiff_t line = 64 / sizeof(T);
+  return (width + line - 1) / line * line + line;
+}
+
+// Per-thread memory, kept between calls: fresh pages would cost as much as a small flow.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void reserve(std::size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      data_ = static_cast<std::byte*>(std::aligned_alloc(64, size_));
+      if (!data_) std::abort();  // out of memory for a few hundred kilobytes
+    }
+    used_ = 0;
+  }
+  template <class T>
+  T* take(std::size_t count) {
+    T* p = reinterpret_cast<T*>(data_ + used_);
+    used_ += bytes<T>(count);
+    return p;
+  }
+  template <class T>
+  static std::size_t bytes(std::size_t count) {
+    return (count * sizeof(T) + 63) / 64 * 64;
+  }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::size_t size_ = 0, used_ = 0;
+};
+
+template <class P>
+class Mlp {
+ public:
+  using S = typename P::State;
+  using In = typename P::In;
+
+  // Widths of the buffers that any coupling of the flow needs.
+  struct Sizes {
+    std::ptrdiff_t input = 0, inner = 0, chunk = 0, block = 0, output = 0;
+    explicit Sizes(const Flow& flow) {
+      for (const Coupling& c : flow.couplings) {
+        input = std::max<std::ptrdiff_t>(input, c.cond_padded + c.layers[0].in_padded);
+        output = std::max<std::ptrdiff_t>(output, c.layers.back().out_padded());
+        for (std::size_t l = 0; l < c.layers.size(); ++l) {
+          block = std::max<std::ptrdiff_t>(block, c.layers[l].block);
+          if (l + 2 < c.layers.size()) inner = std::max<std::ptrdiff_t>(inner, c.layers[l].out_padded());
+          if (l > 0) chunk = std::max<std::ptrdiff_t>(chunk, c.layers[l].chunk);
+        }
+      }
+      input = padded_stride<In>(input);
+      inner = inner ? padded_stride<In>(inner) : 0;
+      chunk = padded_stride<In>(chunk);
+      block = padded_stride<S>(block);
+      output = padded_stride<S>(output);
+    }
+    std::size_t bytes() const {
+      return Scratch::bytes<In>(kTile * (input + 2 * inner + chunk)) +
+             Scratch::bytes<S>(kTile * (block + output)) + 4 * 64;
+    }
+  };
+
+  Mlp(const Sizes& sizes, Scratch& scratch) : sizes_(sizes) {
+    x = scratch.take<In>(kTile * sizes.input);
+    inner_[0] = scratch.take<In>(kTile * sizes.inner);
+    inner_[1] = scratch.take<In>(kTile * sizes.inner);
+    chunk_ = scratch.take<In>(kTile * sizes.chunk);
+    partial_ = scratch.take<S>(kTile * sizes.block);
+    raw = scratch.take<S>(kTile * sizes.output);
+  }
+
+  In* x;   // (rows, ldx()): condition if it is not hoisted, then passive slots
+  S* raw;  // (rows, ldr()): the MLP's output
+  std::ptrdiff_t ldx() const { return sizes_.input; }
+  std::ptrdiff_t ldr() const { return sizes_.output; }
+
+  // hoisted[row]: the row's first-layer sums of bias and condition; null: x holds the condition.
+  void run(const Coupling& c, const std::byte* packed, int rows, const S* const* hoisted) {
+    packed_ = packed;
+    coupling_ = &c;
+    const In* in = x;
+    std::ptrdiff_t ld = ldx();
+    const int last = static_cast<int>(c.layers.size()) - 1;
+    for (int l = 0; l + 1 < last; ++l) {
+      hidden_blocks(l, 0, c.layers[l].blocks, in, ld, rows, hoisted, inner_[l % 2], sizes_.inner);
+      in = inner_[l % 2];
+      ld = sizes_.inner;
+    }
+    if (last == 0) {
+      for (int b = 0; b < c.layers[0].blocks; ++b)
+        output_block(0, b, in, ld, rows, hoisted, raw + b * c.layers[0].block, ldr());
+      return;
+    }
+    const Layer &before = c.layers[last - 1], &out = c.layers[last];
+    const int step = out.chunk / before.block;  // blocks of `before` per chunk of `out`
+    for (int first = 0; first < before.blocks; first += step) {
+      const int end = std::min(first + step, before.blocks);
+      hidden_blocks(last - 1, first, end, in, ld, rows, hoisted, chunk_, sizes_.chunk);
+      for (int b = 0; b < out.blocks; ++b) {
+        Block<P> block = arguments(out, b, first * before.block, (end - first) * before.block);
+        block.x = chunk_;
+        block.ldx = sizes_.chunk;
+        block.out = raw + b * out.block;
+        block.ldo = ldr();
+        if (first == 0) set_bias(block, out, b);
+        block_rows<P, Store::sums>(block, out.vectors, rows);
+      }
+    }
+  }
+
+  // The first layer's sums of bias and condition for a few images: units of one block.
+  void hoist_block(const Coupling& c, const std::byte* packed, int block, int images, S* out,
+                   std::ptrdiff_t ldo) {
+    packed_ = packed;
+    coupling_ = &c;
+    const Layer& l = c.layers[0];
+    sum_chunks(l, block, 0, c.cond_padded, x, ldx(), images, true, nullptr, out, ldo);
+  }
+
+ private:
+  // Block b of a layer over stored inputs [k, k + inputs), the condition counted.
+  Block<P> arguments(const Layer& l, int b, int k, int inputs) const {
+    const std::int64_t stored = l.in_padded + (&l == coupling_->layers.data() ? coupling_->cond_padded : 0);
+    Block<P> block{};
+    block.w = reinterpret_cast<const In*>(packed_ + l.weight) + (b * stored + k) * l.block;
+    block.inputs = inputs;
+    return block;
+  }
+
+  void set_bias(Block<P>& block, const Layer& l, int b) {
+    std::fill_n(init_, kTile, reinterpret_cast<const S*>(packed_ + l.bias));
+    block.init = init_;
+    block.column = static_cast<std::ptrdiff_t>(b) * l.block;
+  }
+
+  // out (+)= stored inputs [begin, end) of block b, chunk by chunk; starts from the bias or init.
+  void sum_chunks(const Layer& l, int b, int begin, int end, const In* in, std::ptrdiff_t ld, int rows,
+                  bool from_bias, const S* const* init, S* out, std::ptrdiff_t ldo) {
+    for (int k = begin; k < end; k += l.chunk) {
+      Block<P> block = arguments(l, b, k, std::min(l.chunk, end - k));
+      block.x = in + (k - begin);
+      block.ldx = ld;
+      block.out = out;
+      block.ldo = ldo;
+      if (k == begin) {
+        if (from_bias) {
+          set_bias(block, l, b);
+        } else if (init) {
+          block.init = init;
+          block.column = coupling_->hoisted + static_cast<std::ptrdiff_t>(b) * l.block;
+        }
+      }
+      block_rows<P, Store::sums>(block, l.vectors, rows);
+    }
+  }
+
+  // All inputs of block b of layer l, summed into out.
+  void output_block(int index, int b, const In* in, std::ptrdiff_t ld, int rows,
+                    const S* const* hoisted, S* out, std::ptrdiff_t ldo) {
+    const Layer& l = coupling_->layers[index];
+    const int cond = index == 0 ? coupling_->cond_padded : 0;
+    if (cond > 0 && !hoisted) {
+      sum_chunks(l, b, 0, cond, in, ld, rows, true, nullptr, out, ldo);
+      sum_chunks(l, b, cond, cond + l.in_padded, in + cond, ld, rows, false, nullptr, out, ldo);
+      return;
+    }
+    const bool from_hoisted = cond > 0;
+    const S* const* init = from_hoisted ? hoisted : nullptr;
+    if (l.in_padded == 0) {  // a first layer that reads nothing but the condition, or nothing at all
+      for (int r = 0; r < rows; ++r) {
+        const S* from = from_hoisted ? hoisted[r] + coupling_->hoisted
+                                     : reinterpret_cast<const S*>(packed_ + l.bias);
+        std::copy_n(from + b * l.block, l.block, out + r * ldo);
+      }
+      return;
+    }
+    sum_chunks(l, b, cond, cond + l.in_padded, in, ld, rows, !from_hoisted, init, out, ldo);
+  }
+
+  // Blocks [first, end) of hidden layer l, activated, to out (rows, (end - first) * block).
+  void hidden_blocks(int index, int first, int end, const In* in, std::ptrdiff_t ld, int rows,
+                     const S* const* hoisted, In* out, std::ptrdiff_t ldh) {
+    const Layer& l = coupling_->layers[index];
+    const int cond = index == 0 ? coupling_->cond_padded : 0;
+    const bool relu = coupling_->activation == Activation::relu;
+    for (int b = first; b < end; ++b) {
+      In* hidden = out + (b - first) * l.block;
+      // The usual first layer: hoisted condition, one chunk, ReLU: straight from the registers.
+      if (relu && (cond == 0 || hoisted) && l.in_padded > 0 && l.in_padded <= l.chunk) {
+        Block<P> block = arguments(l, b, cond, l.in_padded);
+        block.x = in;
+        block.ldx = ld;
+        block.hidden = hidden;
+        block.ldh = ldh;
+        if (cond > 0) {
+          block.init = hoisted;
+          block.column = coupling_->hoisted + static_cast<std::ptrdiff_t>(b) * l.block;
+        } else {
+          set_bias(block, l, b);
+        }
+        block_rows<P, Store::hidden_relu>(block, l.vectors, rows);
+        continue;
+      }
+      output_block(index, b, in, ld, rows, hoisted, partial_, sizes_.block);
+      for (int r = 0; r < rows; ++r)
+        for (int n = 0; n < l.block; n += P::kWidth)
+          P::store_in(hidden + r * ldh + n,
+                      activate<S>(load<S>(partial_ + r * sizes_.block + n), coupling_->activation,
+                                  static_cast<S>(coupling_->negative_slope)));
+    }
+  }
+
+  const Sizes& sizes_;
+  In* inner_[2];
+  In* chunk_;
+  S* partial_;
+  const S* init_[kTile];
+  const std::byte* packed_ = nullptr;
+  const Coupling* coupling_ = nullptr;
+};
+
+// --- coupling arithmetic ---
+
+// Row sums of log-scales are kept in 16 lanes at every SIMD level and added up in one fixed order.
+constexpr int kSumLanes = 16;
+
+template <class T>
+T sum_lanes(const T* lanes) {
+  T v[kSumLanes];
+  std::copy_n(lanes, kSumLanes, v);
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// One row: values x (count) with raw [s | t]; sums gets the log-scales. Both arrays can be read, and x
+// written, up to the next multiple of 16 numbers.
+template <class T>
+FASTHYP_INLINE void couple_row(T* x, const T* raw, int count, T clamp, coupling::Clamp kind,
+                               bool inverse, T* sums) {
+  constexpr int W = kLanes<T>;
+  for (int i = 0; i < count; i += W) {
+    const auto valid = lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(count - i) +
+                                             IntVec<T>{};
+    const Vec<T> s = select<T>(valid, soft_clamp<T>(load<T>(raw + i), clamp, kind), splat<T>(0));
+    const Vec<T> t = load<T>(raw + count + i), v = load<T>(x + i);
+    store<T>(x + i, inverse ? (v - t) * exp<T>(-s) : fma(v, exp<T>(s), t));
+    T* lane = sums + i % kSumLanes;
+    store<T>(lane, load<T>(lane) + s);
+  }
+}
+
+// --- the whole flow ---
+
+template <class P>
+class FlowRows {
+ public:
+  using S = typename P::State;
+  using In = typename P::In;
+  static constexpr std::int64_t kRowsAtOnce = 10 * kTile;  // their state stays in L2
+
+  explicit FlowRows(const RowsJob& job) : job_(job), call_(*job.call), flow_(*call_.flow) {}
+
+  void run(std::int64_t begin, std::int64_t end) {
+    thread_local Scratch scratch;
+    const typename Mlp<P>::Sizes sizes(flow_);
+    const auto room = std::min<std::int64_t>(kRowsAtOnce, end - begin);
+    const int gathered = round_up(flow_.dim, kSumLanes) + kSumLanes;
+    scratch.reserve(sizes.bytes() + Scratch::bytes<S>(room * flow_.dim) +
+                    Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
+                    Scratch::bytes<const S*>(room) + Scratch::bytes<S>(gathered) +
+                    Scratch::bytes<float>(flow_.dim));
+    Mlp<P> mlp(sizes, scratch);
+    state_ = scratch.template take<S>(room * flow_.dim);
+    sums_ = scratch.template take<S>(room * kSumLanes);
+    base_ = scratch.template take<S>(room);
+    hoisted_ = scratch.template take<const S*>(room);
+    gathered_ = scratch.template take<S>(gathered);
+    noise_ = scratch.template take<float>(flow_.dim);
+    std::fill_n(gathered_, gathered, S(0));
+    std::fill_n(mlp.raw, kTile * sizes.output, S(0));
+    for (std::int64_t row = begin; row < end; row += room)
+      chunk(mlp, row, static_cast<int>(std::min(room, end - row)));
+  }
+
+ private:
+  static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+  std::int64_t image_of(std::int64_t row) const {
+    return job_.image_of ? job_.image_of[row] : row / call_.per_image;
+  }
+
+  void chunk(Mlp<P>& mlp, std::int64_t first, int rows) {
+    load_state(first, rows);
+    std::fill_n(sums_, rows * kSumLanes, S(0));
+    if (job_.hoisted)
+      for (int r = 0; r < rows; ++r)
+        hoisted_[r] = static_cast<const S*>(job_.hoisted) +
+                      (image_of(first + r) - job_.hoisted_begin) * flow_.hoisted_width;
+    const int count = static_cast<int>(flow_.couplings.size());
+    for (int i = 0; i < count; ++i) {
+      const Coupling& c = flow_.couplings[call_.inverse ? count - 1 - i : i];
+      for (int r = 0; r < rows; r += kTile) couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
+    }
+    store_state(first, rows);
+  }
+
+  void couple_tile(Mlp<P>& mlp, const Coupling& c, std::int64_t first, int row, int rows) {
+    const int cond = job_.hoisted ? 0 : c.cond_padded;
+    const int passive = static_cast<int>(c.passive.size()), active = static_cast<int>(c.active.size());
+    const int* slots = c.passive.data();
+    for (int r = 0; r < rows; ++r) {
+      In* x = mlp.x + r * mlp.ldx();
+      const S* state = state_ + (row + r) * flow_.dim;
+      if (cond > 0) {
+        const S* given = static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
+        for (int k = 0; k < flow_.cond_dim; ++k) x[k] = P::convert(given[k]);
+        std::fill(x + flow_.cond_dim, x + cond, In(0));
+      }
+      for (int k = 0; k < passive; ++k) x[cond + k] = P::convert(state[slots[k]]);
+      std::fill(x + cond + passive, x + cond + c.layers[0].in_padded, In(0));
+    }
+    mlp.run(c, call_.packed, rows, job_.hoisted ? hoisted_ + row : nullptr);
+    slots = c.active.data();
+    for (int r = 0; r < rows; ++r) {
+      S* state = state_ + (row + r) * flow_.dim;
+      for (int k = 0; k < active; ++k) gathered_[k] = state[slots[k]];
+      couple_row<S>(gathered_, mlp.raw + r * mlp.ldr(), active, static_cast<S>(c.clamp),
+                    c.clamp_activation, call_.inverse, sums_ + (row + r) * kSumLanes);
+      for (int k = 0; k < active; ++k) state[slots[k]] = gathered_[k];
+    }
+  }
+
+  void load_state(std::int64_t first, int rows) {
+    const int dim = flow_.dim;
+    for (int r = 0; r < rows; ++r) {
+      S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
+      if (!call_.input) {
+        base_[r] = draw(first + r, gathered_);
+        for (int k = 0; k < dim; ++k) state[flow_.output_index[k]] = gathered_[k];
+        continue;
+      }
+      const S* in = static_cast<const S*>(call_.input) + (first + r) * dim;
+      if (call_.inverse)
+        for (int k = 0; k < dim; ++k) state[flow_.output_index[k]] = in[k];
+      else
+        std::copy_n(in, dim, state);
+    }
+  }
+
+  // The latent of one row; returns the log-density of its noise.
+  S draw(std::int64_t row, S* z) {
+    const int noise = flow_.dim - call_.fixed_dims;
+    const std::int64_t image = row / call_.per_image, hypothesis = row % call_.per_image;
+    if (call_.include_mode && hypothesis == 0) {
+      std::fill_n(z, noise, S(0));
+    } else {
+      philox_normal_row(call_.seed, static_cast<std::uint32_t>(call_.image_offset + image),
+                        static_cast<std::uint32_t>(hypothesis), noise, noise_);
+      std::copy_n(noise_, noise, z);
+    }
+    S squares = 0;
+    for (int k = 0; k < noise; ++k) squares += z[k] * z[k];
+    if (call_.fixed_dims > 0)
+      std::copy_n(static_cast<const S*>(call_.fixed) + image * call_.fixed_dims, call_.fixed_dims, z + noise);
+    return S(-0.5) * squares - static_cast<S>(noise * 0.91893853320467274178);  // ln sqrt(2 pi)
+  }
+
+  void store_state(std::int64_t first, int rows) {
+    const int dim = flow_.dim;
+    for (int r = 0; r < rows; ++r) {
+      const S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
+      S* out = static_cast<S*>(call_.output) + (first + r) * dim;
+      if (call_.inverse)
+        std::copy_n(state, dim, out);
+      else
+        for (int k = 0; k < dim; ++k) out[k] = state[flow_.output_index[k]];
+      const S log_det = sum_lanes(sums_ + r * kSumLanes);
+      S& result = static_cast<S*>(call_.log_det)[first + r];
+      // Of the inverse, -log_det; the density of a drawn output is the noise's less log|dx/dz|.
+      result = !call_.input ? base_[r] + log_det : call_.inverse ? -log_det : log_det;
+    }
+  }
+
+  const RowsJob& job_;
+  const Call& call_;
+  const Flow& flow_;
+  S *state_ = nullptr, *sums_ = nullptr, *base_ = nullptr, *gathered_ = nullptr;
+  const S** hoisted_ = nullptr;
+  float* noise_ = nullptr;
+};
+
+template <class P>
+void rows(const RowsJob& job, std::int64_t begin, std::int64_t end) {
+  FlowRows<P>(job).run(begin, end);
+}
+
+template <class P>
+void hoist(const Flow& flow, const std::byte* packed, const void* cond, std::int64_t images,
+           std::int64_t begin, std::int64_t end, void* hoisted) {
+  using S = typename P::State;
+  thread_local Scratch scratch;
+  const typename Mlp<P>::Sizes sizes(flow);
+  scratch.reserve(sizes.bytes());
+  Mlp<P> mlp(sizes, scratch);
+  for (std::int64_t image = 0; image < images; image += kTile) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kTile, images - image));
+    for (int r = 0; r < count; ++r) {
+      const S* given = static_cast<const S*>(cond) + (image + r) * flow.cond_dim;
+      for (int k = 0; k < flow.cond_dim; ++k) mlp.x[r * mlp.ldx() + k] = P::convert(given[k]);
+      if (P::kStep > 1 && flow.cond_dim % P::kStep) mlp.x[r * mlp.ldx() + flow.cond_dim] = 0;
+    }
+    std::int64_t unit = 0;
+    for (const Coupling& c : flow.couplings) {
+      if (c.cond_padded == 0) continue;
+      for (int b = 0; b < c.layers[0].blocks; ++b, ++unit)
+        if (unit >= begin && unit < end)
+          mlp.hoist_block(c, packed, b, count,
+                          static_cast<S*>(hoisted) + image * flow.hoisted_width + c.hoisted +
+                              static_cast<std::ptrdiff_t>(b) * c.layers[0].block,
+                          flow.hoisted_width);
+    }
+  }
+}
+
+template <class T>
+void affine(T* state, std::int64_t rows, int dim, const T* raw, const std::int64_t* active, int count,
+            double clamp, coupling::Clamp kind, bool inverse, T* log_det) {
+  thread_local Scratch scratch;
+  const int room = (count + 2 * kSumLanes) / kSumLanes * kSumLanes;
+  scratch.reserve(Scratch::bytes<T>(room) + Scratch::bytes<T>(2 * room));
+  T* x = scratch.take<T>(room);
+  T* row_raw = scratch.take<T>(2 * room);
+  std::fill_n(x, room, T(0));
+  std::fill_n(row_raw, 2 * room, T(0));
+  for (std::int64_t r = 0; r < rows; ++r) {
+    T sums[kSumLanes] = {};
+    std::copy_n(raw + r * 2 * count, 2 * count, row_raw);
+    for (int k = 0; k < count; ++k) x[k] = state[r * dim + active[k]];
+    couple_row<T>(x, row_raw, count, static_cast<T>(clamp), kind, inverse, sums);
+    for (int k = 0; k < count; ++k) state[r * dim + active[k]] = x[k];
+    const T sum = sum_lanes(sums);
+    log_det[r] = inverse ? -sum : sum;
+  }
+}
+
+}  // namespace
+
+extern const coupling::Kernels coupling_kernels;
+const coupling::Kernels coupling_kernels = {
+#if defined(__AVX512BF16__)
+    {kLanes<float>, kLanes<double>, Bf16::kWidth},
+    {hoist<Plain<float>>, hoist<Plain<double>>, hoist<Bf16>},
+    {rows<Plain<float>>, rows<Plain<double>>, rows<Bf16>},
+#else
+    {kLanes<float>, kLanes<double>, 0},
+    {hoist<Plain<float>>, hoist<Plain<double>>, nullptr},
+    {rows<Plain<float>>, rows<Plain<double>>, nullptr},
+#endif
+    affine<float>,
+    affine<double>,
+};
+
+}  // namespace fasthyp::FASTHYP_SIMD

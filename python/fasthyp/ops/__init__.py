@@ -1,0 +1,1 @@
+"""PyTorch operators over the compiled kernels, one module per kernel family."""

@@ -1,0 +1,342 @@
+"""The coupling kernels as PyTorch ops: whole flows, sampling, and the arithmetic of one coupling.
+
+A flow is packed once (:class:`PackedFlow`) and then runs as a single op: the weights lie in one
+buffer, in the order in which the kernels read them, and the structure is a small integer tensor,
+the plan (its layout: ``csrc/coupling/coupling.h``).
+
+Precision: ``"highest"`` computes in the tensors' own dtype; ``"high"`` is the same on a CPU;
+``"medium"`` multiplies bfloat16 numbers and sums in float32, on processors that can (AVX512-BF16);
+elsewhere it is ``"highest"``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fasthyp import _C
+from fasthyp._environment import num_threads
+from fasthyp.ops._library import address, contiguous, define
+from fasthyp.reference.coupling import CouplingLayer
+
+PRECISIONS = ("highest", "high", "medium")
+
+_ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
+_CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4}
+
+
+def operand_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
+    """What the matrix products of a CPU flow of this dtype are made in; ValueError if unknown."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    if precision == "medium" and dtype == torch.float32 and _C.coupling_lanes(2) > 0:
+        return torch.bfloat16
+    return dtype
+
+
+class PackedFlow:
+    """A flow's weights and structure in the form that the CPU kernels read.
+
+    A snapshot: later changes of the weights do not reach it.
+
+    Args:
+        layers: the couplings in forward order; plain MLP subnets and known clamps only.
+        output_index: ``z[k] = state[output_index[k]]`` (D numbers).
+        dim: D. cond_dim: C, 0 for none.
+        precision: see the module's text. dtype: of inputs and outputs, float32 or float64.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[CouplingLayer],
+        output_index: Sequence[int],
+        dim: int,
+        cond_dim: int,
+        precision: str = "highest",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.dim, self.cond_dim, self.dtype = dim, cond_dim, dtype
+        self.operand_dtype = operand_dtype(precision, dtype)
+        self.simd_level = _C.simd_level()
+        element = _ELEMENTS[self.operand_dtype]
+        numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(layers), *output_index]
+        for layer in layers:
+            if layer.module is not None or layer.clamp_fn is not None:
+                raise ValueError("layers: expected plain MLP subnets and known clamps")
+            numbers += [
+                *(len(layer.active), len(layer.passive), int(bool(layer.cond))),
+                *(len(layer.weights), _ACTIVATIONS[layer.activation]),
+                *(_CLAMPS[layer.clamp_activation], _bits(layer.negative_slope), _bits(layer.clamp)),
+                *(*layer.active, *layer.passive, *(weight.shape[0] for weight in layer.weights)),
+            ]
+        self.plan = torch.tensor(numbers, dtype=torch.int64)
+        self.packed = torch.empty(_C.coupling_plan_info(numbers).packed_bytes, dtype=torch.uint8)
+        for i, layer in enumerate(layers):
+            inputs = len(layer.passive) + len(layer.cond)
+            for j, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
+                if weight.shape[1] != inputs or (bias is not None and bias.shape != weight.shape[:1]):
+                    shape = None if bias is None else tuple(bias.shape)
+                    raise ValueError(
+                        f"layers[{i}]: linear {j}: expected a weight (out, {inputs}) and a bias "
+                        f"(out,), got {tuple(weight.shape)} and {shape}"
+                    )
+                inputs = weight.shape[0]
+                # held until the call returns: a copy made here must outlive its address
+                w = weight.detach().to("cpu", dtype).contiguous()
+                b = None if bias is None else bias.detach().to("cpu", dtype).contiguous()
+                _C.coupling_pack(
+                    *(self.plan.data_ptr(), len(self.plan), i, j, w.data_ptr(), address(b)),
+                    *(list(layer.cond) if j == 0 else [], self.packed.data_ptr()),
+                )
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
+        return coupling_flow(x, cond, self.packed, self.plan, False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z (B, M, D), cond (B, C) -> x (B, M, D), log|det dx/dz| (B, M)."""
+        return coupling_flow(z, cond, self.packed, self.plan, True)
+
+    def sample(
+        self,
+        cond: Tensor | None,
+        num_samples: int,
+        seed: int,
+        batch: int | None = None,
+        image_offset: int = 0,
+        fixed: Tensor | None = None,
+        include_mode: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Draws the latent and inverts it: x (B, M, D), log-density (B, M).
+
+        The noise of latent dims 4 j to 4 j + 3 of hypothesis m of image b is Philox 4x32-10 with
+        key ``seed`` and counter ``(j, m, image_offset + b, 0)``, made normal by Box-Muller.
+        ``fixed`` (B, F) fills the last F latent dims; they are left out of the noise's density.
+        ``include_mode`` sets the noise of hypothesis 0 to zero.
+        """
+        if batch is None:
+            batch = 1 if cond is None else cond.shape[0]
+        return coupling_sample(
+            *(cond, fixed, self.packed, self.plan, batch, num_samples),
+            *(_signed(seed), image_offset, include_mode),
+        )
+
+
+def affine_coupling(
+    state: Tensor,
+    raw: Tensor,
+    active: Sequence[int],
+    clamp: float,
+    clamp_activation: str,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The arithmetic around a subnet: state (N, D), raw (N, 2 A) -> new state, log-Jacobian (N,).
+
+    ``raw = [s | t]``; ``x_a exp(clamp f(s)) + t``, or its inverse, on the slots ``active``.
+    """
+    return coupling_affine(state, raw, list(active), clamp, _CLAMPS[clamp_activation], inverse)
+
+
+def philox_normal(
+    batch: int,
+    num_samples: int,
+    dim: int,
+    seed: int,
+    image_offset: int = 0,
+    include_mode: bool = False,
+) -> Tensor:
+    """The noise that :meth:`PackedFlow.sample` draws, (batch, num_samples, dim) float32, CPU."""
+    out = torch.empty(batch, num_samples, dim)
+    if out.numel():
+        threads = num_threads() if out.numel() > 4096 else 1
+        _C.philox_normal(
+            *(out.data_ptr(), batch, num_samples, dim, seed % 2**64, image_offset, threads)
+        )
+    if include_mode:
+        out[:, :1] = 0
+    return out
+
+
+# --- ops ---
+
+
+def _bits(value: float) -> int:
+    """A double as the integer with the same bits."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _signed(seed: int) -> int:
+    """A 64-bit seed as the signed integer of an op's schema."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _check(plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int, dtype: torch.dtype) -> None:
+    """Everything the kernel takes on trust."""
+    if plan.dtype != torch.int64 or plan.dim() != 1 or not plan.is_contiguous() or len(plan) < 5:
+        raise ValueError("plan: expected a contiguous one-dimensional int64 tensor")
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 64:
+        raise ValueError("packed: expected a contiguous, 64-byte aligned uint8 tensor")
+    expected = torch.float64 if int(plan[2]) == 1 else torch.float32
+    if dtype != expected:
+        raise TypeError(f"x: expected dtype {expected}, as the flow, got {dtype}")
+    cond_dim = int(plan[1])
+    if cond is None:
+        if cond_dim:
+            raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got None")
+        return
+    if cond.dtype != expected:
+        raise TypeError(f"cond: expected dtype {expected}, as the flow, got {cond.dtype}")
+    if tuple(cond.shape) != (batch, cond_dim):
+        raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got {tuple(cond.shape)}")
+
+
+def _run(
+    *,
+    plan: Tensor,
+    packed: Tensor,
+    inverse: bool,
+    x: Tensor | None,
+    cond: Tensor | None,
+    out: Tensor,
+    seed: int = 0,
+    image_offset: int = 0,
+    fixed: Tensor | None = None,
+    include_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    log_det = out.new_empty(out.shape[:2])
+    x, cond, fixed = contiguous(x), contiguous(cond), contiguous(fixed)
+    _C.coupling_run(
+        *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse),
+        *(out.shape[0], out.shape[1], address(x), address(cond), out.data_ptr()),
+        *(log_det.data_ptr(), num_threads(), seed % 2**64, image_offset, address(fixed)),
+        *(0 if fixed is None else fixed.shape[1], include_mode),
+    )
+    return out, log_det
+
+
+def _flow_cpu(
+    x: Tensor, cond: Tensor | None, packed: Tensor, plan: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    if x.dim() != 3 or x.shape[2] != int(plan[0]):
+        raise ValueError(f"x: expected shape (B, M, {int(plan[0])}), got {tuple(x.shape)}")
+    _check(plan, packed, cond, x.shape[0], x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    return _run(plan=plan, packed=packed, inverse=inverse, x=x, cond=cond, out=out)
+
+
+def _flow_fake(
+    x: Tensor, cond: Tensor | None, packed: Tensor, plan: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2])
+
+
+def _sample_cpu(
+    cond: Tensor | None,
+    fixed: Tensor | None,
+    packed: Tensor,
+    plan: Tensor,
+    batch: int,
+    num_samples: int,
+    seed: int,
+    image_offset: int,
+    include_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    dim = int(plan[0])
+    dtype = torch.float64 if int(plan[2]) == 1 else torch.float32
+    _check(plan, packed, cond, batch, dtype)
+    if batch < 0 or num_samples < 0:
+        raise ValueError(f"batch, num_samples: expected >= 0, got {batch}, {num_samples}")
+    if fixed is not None:
+        if fixed.dtype != dtype:
+            raise TypeError(f"fixed: expected dtype {dtype}, as the flow, got {fixed.dtype}")
+        if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
+            raise ValueError(
+                f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
+            )
+    out = torch.empty(batch, num_samples, dim, dtype=dtype)
+    return _run(
+        plan=plan,
+        packed=packed,
+        inverse=True,
+        x=None,
+        cond=cond,
+        out=out,
+        seed=seed,
+        image_offset=image_offset,
+        fixed=fixed,
+        include_mode=include_mode,
+    )
+
+
+def _sample_fake(
+    cond: Tensor | None,
+    fixed: Tensor | None,
+    packed: Tensor,
+    plan: Tensor,
+    batch: int,
+    num_samples: int,
+    seed: int,
+    image_offset: int,
+    include_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    # The width stands in the plan's values, which tracing does not know.
+    dim = torch.library.get_ctx().new_dynamic_size()
+    dtype = torch.float32 if cond is None else cond.dtype
+    return (
+        packed.new_empty((batch, num_samples, dim), dtype=dtype),
+        packed.new_empty((batch, num_samples), dtype=dtype),
+    )
+
+
+def _affine_cpu(
+    state: Tensor, raw: Tensor, active: list[int], clamp: float, clamp_activation: int, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    if state.dtype not in (torch.float32, torch.float64) or raw.dtype != state.dtype:
+        raise TypeError(
+            f"state, raw: expected float32 or float64, both alike, got {state.dtype}, {raw.dtype}"
+        )
+    if state.dim() != 2 or raw.shape != (state.shape[0], 2 * len(active)):
+        raise ValueError(
+            f"state, raw: expected shapes (N, D), (N, {2 * len(active)}), "
+            f"got {tuple(state.shape)}, {tuple(raw.shape)}"
+        )
+    out = state.clone(memory_format=torch.contiguous_format)
+    log_det = state.new_empty(state.shape[:1])
+    raw = raw.contiguous()
+    _C.coupling_affine(
+        *(out.data_ptr(), out.shape[0], out.shape[1], raw.data_ptr(), out.dtype == torch.float64),
+        *(active, clamp, clamp_activation, inverse, log_det.data_ptr(), num_threads()),
+    )
+    return out, log_det
+
+
+def _affine_fake(
+    state: Tensor, raw: Tensor, active: list[int], clamp: float, clamp_activation: int, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return state.new_empty(state.shape), state.new_empty(state.shape[:1])
+
+
+coupling_flow = define(
+    "coupling_flow(Tensor x, Tensor? cond, Tensor packed, Tensor plan, bool inverse)"
+    " -> (Tensor, Tensor)",
+    cpu=_flow_cpu,
+    fake=_flow_fake,
+)
+coupling_sample = define(
+    "coupling_sample(Tensor? cond, Tensor? fixed, Tensor packed, Tensor plan, int batch,"
+    " int num_samples, int seed, int image_offset, bool include_mode) -> (Tensor, Tensor)",
+    cpu=_sample_cpu,
+    fake=_sample_fake,
+)
+coupling_affine = define(
+    "coupling_affine(Tensor state, Tensor raw, int[] active, float clamp, int clamp_activation,"
+    " bool inverse) -> (Tensor, Tensor)",
+    cpu=_affine_cpu,
+    fake=_affine_fake,
+)
