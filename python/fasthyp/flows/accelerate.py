@@ -1,0 +1,169 @@
+"""``fasthyp.accelerate``, ``restore`` and ``explain``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import FrEIA.framework as ff
+import FrEIA.modules as fm
+from torch import Tensor, nn
+
+from fasthyp.flows import freia
+from fasthyp.flows.executor import check_precision
+from fasthyp.flows.program import Opaque, UnsupportedFlow
+
+_CLASSES = {**freia.MODULES, **freia.NODES}
+_FLOWS = (ff.GraphINN, ff.SequenceINN, fm.GLOWCouplingBlock)
+_originals: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highest") -> nn.Module:
+    """Run the flows of a model on fused kernels; parameters, keys and numbers stay the same.
+
+    FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and ``GLOWCouplingBlock``, alone or
+    anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`. What cannot be
+    fused keeps working as it was; :func:`explain` says what and why.
+
+    Args:
+        module: any module.
+        inplace: change the classes inside ``module`` itself; otherwise return a structural copy
+            that shares every parameter and buffer with it.
+        precision: ``"highest"`` (float32), ``"high"`` or ``"medium"``.
+
+    Raises:
+        TypeError: ``module`` is not an ``nn.Module``, or cannot be copied.
+        ValueError: unknown precision.
+    """
+    _check_module(module)
+    check_precision(precision)
+    target = module if inplace else shared_clone(module)
+    for part in target.modules():
+        if type(part) in freia.MODULES or isinstance(part, freia.FusedFlow):
+            part.__dict__.setdefault("_accelerated_from", type(part))
+            part.__dict__.pop("_flow", None)
+            part.__dict__["precision"] = precision
+            part.__class__ = _CLASSES.get(type(part), type(part))
+            for node in getattr(part, "node_list", ()):
+                if type(node) in freia.NODES:
+                    node.__dict__["_accelerated_from"] = type(node)
+                    node.__class__ = freia.NODES[type(node)]
+    if not inplace:
+        _originals[target] = module
+    return target
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo :func:`accelerate`: the very object that was passed to it.
+
+    For a model accelerated in place, and for a copy or unpickled form of an accelerated model, the
+    classes inside are changed back and the same object is returned.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check_module(model)
+    original = _originals.get(model)
+    if original is not None:
+        return original
+    for part in model.modules():
+        for item in (part, *getattr(part, "node_list", ())):
+            if "_accelerated_from" in item.__dict__:
+                item.__class__ = item.__dict__.pop("_accelerated_from")
+                for key in ("_flow", "precision"):
+                    item.__dict__.pop(key, None)
+    return model
+
+
+def shared_clone(module: nn.Module) -> Any:
+    """A deep copy of the modules that shares every parameter, buffer and tensor attribute."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for table in (part._parameters, part._buffers, part.__dict__):
+            memo.update((id(v), v) for v in table.values() if isinstance(v, Tensor))
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise TypeError(
+            f"module: {type(module).__name__} cannot be copied ({error}); use inplace=True"
+        ) from error
+
+
+@dataclass
+class Report:
+    """What of a model runs fused. ``str()`` gives a table.
+
+    Attributes:
+        rows: one dict per flow, and per part of it that is not fused, with keys ``name`` (as in
+            ``named_modules``), ``kind`` (class), ``accelerated`` (bool) and ``reason``.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, name: str, kind: str, accelerated: bool, reason: str) -> None:
+        self.rows.append(
+            {"name": name, "kind": kind, "accelerated": accelerated, "reason": reason}
+        )
+
+    def __str__(self) -> str:
+        table = [("name", "kind", "fused", "reason")]
+        for row in self.rows:
+            fused = "yes" if row["accelerated"] else "no"
+            table.append((row["name"] or "(model)", row["kind"], fused, row["reason"]))
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+            for line in table
+        )
+
+
+def explain(model: nn.Module) -> Report:
+    """Which flows of a model run fused, which parts do not, and why.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check_module(model)
+    report = Report()
+    inside: set[int] = set()  # parts that run within the program of a flow
+    for name, part in model.named_modules():
+        if id(part) in inside:
+            continue
+        if isinstance(part, _FLOWS):
+            if _explain_flow(report, name, part):
+                inside.update(map(id, part.modules()))
+        elif isinstance(part, fm.InvertibleModule) and not isinstance(part, fm.PermuteRandom):
+            report.add(name, type(part).__name__, False, "no fused form of this block")
+    if not report.rows:
+        report.add("", type(model).__name__, False, "holds no FrEIA flow")
+    return report
+
+
+def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
+    """Add the rows of one flow; True when a program covers everything inside."""
+    kind = type(part).__name__
+    try:
+        program = freia.describe(part)
+    except UnsupportedFlow as error:
+        report.add(name, kind, False, f"runs FrEIA's forward: {error}")
+        return False
+    if not isinstance(part, freia.FusedFlow):
+        how = "subclass of a FrEIA class" if type(part) not in _CLASSES else "not accelerated"
+        report.add(name, kind, False, f"{how}: runs FrEIA's forward")
+        return False
+    report.add(name, kind, *part.flow().explain())
+    for step in program.couplings:
+        subname = f"{name}.{step.name}" if name else step.name
+        if isinstance(step.subnet, Opaque):
+            subkind = type(step.subnet.module).__name__
+            report.add(subname, subkind, False, f"runs as a torch module: {step.subnet.reason}")
+        elif step.kind.clamp_fn is not None:
+            report.add(subname, "clamp", False, "a clamp function of the user's own: reference")
+    return True
+
+
+def _check_module(module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected an nn.Module, got {type(module).__name__}")

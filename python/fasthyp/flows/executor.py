@@ -1,0 +1,337 @@
+"""Runs a :class:`~fasthyp.flows.program.FlowProgram`: fused kernels where they apply, the reference
+where they do not, and :meth:`FlowExecutor.explain` says which and why."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fasthyp._environment import backend
+from fasthyp.flows.program import FlowProgram
+from fasthyp.ops import coupling as ops
+from fasthyp.reference import coupling as reference
+from fasthyp.reference.coupling import CouplingLayer
+
+_DTYPES = (torch.float32, torch.float64)
+
+
+def check_precision(precision: str) -> str:
+    """``precision`` itself; ValueError where it is none of ``highest``, ``high``, ``medium``."""
+    if precision not in ops.PRECISIONS:
+        raise ValueError(f"precision: expected one of {ops.PRECISIONS}, got {precision!r}")
+    return precision
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A program simplified for the present values of its permutations."""
+
+    program: FlowProgram
+    index_stamp: Any
+    layers: tuple[CouplingLayer, ...]
+    output_index: tuple[int, ...]
+    weights: list[Tensor]
+
+    def like(self) -> Tensor:
+        """A tensor with the dtype and device of the flow."""
+        return next(iter(self.weights or self.program.opaque_tensors()), torch.empty(0))
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A plan packed for the present values of its weights."""
+
+    plan: _Plan
+    stamp: Any
+    segments: tuple[ops.PackedFlow | CouplingLayer, ...]
+
+    @property
+    def whole(self) -> ops.PackedFlow | None:
+        """The packed flow where a single one covers everything."""
+        only = self.segments[0] if len(self.segments) == 1 else None
+        return None if isinstance(only, CouplingLayer) else only
+
+
+class FlowExecutor:
+    """A flow that runs, with the packed form of its weights as a cache.
+
+    The cache is made anew when a parameter was changed in place (an optimizer step,
+    ``load_state_dict``), replaced or moved. PyTorch does not count changes made through
+    ``parameter.data``; after those call :meth:`clear`. The cache is never pickled or copied.
+    Safe to use from several threads.
+
+    Args:
+        source: a program, or a function that makes it (called again when the module it
+            describes has changed its structure).
+        precision: ``"highest"``, ``"high"`` or ``"medium"``.
+    """
+
+    def __init__(
+        self, source: FlowProgram | Callable[[], FlowProgram], precision: str = "highest"
+    ) -> None:
+        self.source = source
+        self.precision = check_precision(precision)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything derived from the module."""
+        self._plan: _Plan | None = None
+        self._packed: _Packed | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "precision": self.precision}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def program(self) -> FlowProgram:
+        """The program of the module as it is now."""
+        return self._current_plan().program
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data x (B, M, D), condition (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
+        return self._run(x, cond, inverse=False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latent z (B, M, D), condition (B, C) -> x (B, M, D), log|det dx/dz| (B, M)."""
+        return self._run(z, cond, inverse=True)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor | None,
+        num_samples: int,
+        seed: int,
+        image_offset: int = 0,
+        fixed: Tensor | None = None,
+        include_mode: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw hypotheses: x (B, M, D) and log p(x) (B, M), without gradients.
+
+        The noise of a hypothesis depends on ``seed``, the image's number (``image_offset`` + its
+        place in the batch) and its own number alone. ``fixed`` (B, F) fills the last F latent
+        dims; the density is then that of the noise dims. Without conditions B is 1.
+        """
+        plan = self._current_plan()
+        like = next((t for t in (cond, fixed) if t is not None), None)
+        like = plan.like().new_empty(1, 0) if like is None else like
+        batch, dim = like.shape[0], plan.program.dim
+        packed = self._fused(plan, [like])
+        if isinstance(packed, _Packed) and packed.whole is not None:
+            return packed.whole.sample(
+                cond,
+                num_samples,
+                seed,
+                batch=batch,
+                image_offset=image_offset,
+                fixed=fixed,
+                include_mode=include_mode,
+            )
+        noise_dim = dim - (0 if fixed is None else fixed.shape[1])
+        normal = reference.philox_normal if backend() == "reference" else ops.philox_normal
+        z = normal(batch, num_samples, noise_dim, seed, image_offset, include_mode).to(like)
+        log_noise = reference.standard_normal_log_prob(z)
+        if fixed is not None:
+            z = torch.cat([z, fixed[:, None].expand(-1, num_samples, -1)], -1)
+        x, log_jac = self.inverse(z, cond)
+        return x, log_noise - log_jac
+
+    def explain(self) -> tuple[bool, str]:
+        """Whether calls without gradients are fused, and a sentence that says why or why not."""
+        plan = self._current_plan()
+        with torch.no_grad():
+            packed = self._fused(plan, [plan.like().detach()])
+        if isinstance(packed, str):
+            return False, f"reference: {packed}"
+        fused = sum(map(_fusible, plan.layers))
+        if not fused:
+            return False, "reference: no subnet is a plain MLP with a known clamp"
+        count = f"{fused}" if fused == len(plan.layers) else f"{fused} of {len(plan.layers)}"
+        return True, (
+            f"{count} half-couplings fused on the CPU, precision {self.precision}; "
+            "calls that need gradients run the reference"
+        )
+
+    # ------------------------------------------------------------------------------------------
+
+    def _run(self, state: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        plan = self._current_plan()
+        _check_inputs(plan, state, cond, "z" if inverse else "x")
+        packed = self._fused(plan, [state] if cond is None else [state, cond])
+        if isinstance(packed, str):
+            run = reference.flow_inverse if inverse else reference.flow_forward
+            return run(plan.layers, plan.output_index, state, cond)
+        if packed.whole is not None:
+            return (packed.whole.inverse if inverse else packed.whole.forward)(state, cond)
+        return _run_segments(packed, state, cond, inverse)
+
+    def _current_plan(self) -> _Plan:
+        plan = self._plan
+        if plan is not None and plan.program.watch.unchanged():
+            stamp = _stamp(plan.program.indices())
+            if stamp is not None and plan.index_stamp == stamp:
+                return plan
+            program = plan.program
+        elif isinstance(self.source, FlowProgram):
+            old = self.source
+            program = FlowProgram(old.dim, old.cond_dims, old.steps)
+        else:
+            program = self.source()
+        stamp = _stamp(program.indices())
+        self._plan = plan = _Plan(program, stamp, *program.layers(), program.tensors())
+        return plan
+
+    def _fused(self, plan: _Plan, inputs: list[Tensor]) -> _Packed | str:
+        """The packed flow, or why this call cannot run on the kernels."""
+        why = _why_reference(plan, inputs)
+        if why:
+            return why
+        stamp = _stamp(plan.weights)
+        if stamp is None:
+            return "parameters made in inference mode do not tell when they change"
+        packed = self._packed
+        if packed is not None and packed.plan is plan and packed.stamp == stamp:
+            return packed
+        why = _unfit(plan.weights)
+        if why:
+            return why
+        with self._lock:
+            packed = self._packed
+            if packed is None or packed.plan is not plan or packed.stamp != stamp:
+                self._packed = packed = _Packed(plan, stamp, _pack(plan, self.precision))
+        return packed
+
+
+def _check_inputs(plan: _Plan, state: Tensor, cond: Tensor | None, name: str) -> None:
+    dim, cond_dim = plan.program.dim, plan.program.cond_dim
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
+    if state.dim() != 3 or state.shape[-1] != dim:
+        raise ValueError(f"{name}: expected shape (B, M, {dim}), got {tuple(state.shape)}")
+    if cond is None:
+        if cond_dim:
+            raise ValueError(f"cond: expected shape ({state.shape[0]}, {cond_dim}), got None")
+    elif not isinstance(cond, Tensor):
+        raise TypeError(f"cond: expected a tensor, got {type(cond).__name__}")
+    elif cond.shape != (state.shape[0], cond_dim):
+        raise ValueError(
+            f"cond: expected shape ({state.shape[0]}, {cond_dim}), got {tuple(cond.shape)}"
+        )
+    like = plan.like()
+    for what, tensor in ((name, state), ("cond", state if cond is None else cond)):
+        if tensor.device != like.device:
+            raise ValueError(
+                f"{what}: is on {tensor.device}, the flow's parameters are on {like.device}"
+            )
+        if tensor.dtype != like.dtype and not torch.is_autocast_enabled(tensor.device.type):
+            raise TypeError(f"{what}: expected {like.dtype} as the parameters, got {tensor.dtype}")
+
+
+def _why_reference(plan: _Plan, inputs: list[Tensor]) -> str | None:
+    if backend() == "reference":
+        return "FASTHYP_BACKEND=reference"
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing"
+    if torch._C._are_functorch_transforms_active():
+        return "a torch.func transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is active"
+    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in inputs):
+        return "an input is a tensor subclass"
+    why = _unfit(inputs)
+    if why is None and torch.is_grad_enabled():
+        tensors = (*inputs, *plan.weights, *plan.program.opaque_tensors())
+        if any(tensor.requires_grad for tensor in tensors):
+            return "gradients are needed"
+    return why
+
+
+def _unfit(tensors: list[Tensor]) -> str | None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"on {tensor.device}, and the fused coupling kernels run on the CPU"
+        if tensor.dtype not in _DTYPES:
+            return f"{tensor.dtype}, and the fused coupling kernels take float32 and float64"
+        if tensor.dtype != tensors[0].dtype:
+            return "parameters of different dtypes"
+    return None
+
+
+def _stamp(tensors: list[Tensor]) -> Any:
+    """Changes whenever a tensor's memory or values do (None: cannot be known)."""
+    try:
+        return [t._version for t in tensors], [t.data_ptr() for t in tensors]
+    except RuntimeError:  # inference tensors have no version
+        return None
+
+
+def _fusible(layer: CouplingLayer) -> bool:
+    return layer.module is None and layer.clamp_fn is None
+
+
+def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | CouplingLayer, ...]:
+    """Runs of fusible layers become packed flows; the others stay as they are.
+
+    A single packed flow ends with the output index; several work on the bare state.
+    """
+    shape = plan.program.dim, plan.program.cond_dim
+    dtype = plan.like().dtype
+    if plan.layers and all(map(_fusible, plan.layers)):
+        return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype),)
+    same_order = tuple(range(plan.program.dim))
+    segments: list[ops.PackedFlow | CouplingLayer] = []
+    run: list[CouplingLayer] = []
+    for layer in (*plan.layers, None):
+        if layer is not None and _fusible(layer):
+            run.append(layer)
+            continue
+        if run:
+            segments.append(ops.PackedFlow(run, same_order, *shape, precision, dtype))
+            run = []
+        if layer is not None:
+            segments.append(layer)
+    return tuple(segments)
+
+
+def _run_segments(
+    packed: _Packed, state: Tensor, cond: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    order = torch.tensor(packed.plan.output_index, device=state.device)
+    if inverse:
+        state = state.index_select(-1, order.argsort())
+    log_jac = state.new_zeros(state.shape[:-1])
+    for segment in packed.segments[::-1] if inverse else packed.segments:
+        if isinstance(segment, CouplingLayer):
+            state, change = _run_layer(segment, state, cond, inverse)
+        else:
+            state, change = (segment.inverse if inverse else segment.forward)(state, cond)
+        log_jac = log_jac + change
+    return (state if inverse else state.index_select(-1, order)), log_jac
+
+
+def _run_layer(
+    layer: CouplingLayer, state: Tensor, cond: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The subnet as torch runs it; fused arithmetic around it unless the clamp is a user's own."""
+    raw = reference.subnet(layer, state, cond).to(state.dtype)
+    if layer.clamp_fn is not None:
+        return reference.affine_coupling(state, raw, layer, inverse)
+    changed, log_jac = ops.affine_coupling(
+        state.reshape(-1, state.shape[-1]),
+        raw.reshape(-1, raw.shape[-1]),
+        layer.active,
+        layer.clamp,
+        layer.clamp_activation,
+        inverse,
+    )
+    return changed.reshape(state.shape), log_jac.reshape(state.shape[:-1])

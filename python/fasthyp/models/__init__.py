@@ -1,0 +1,5 @@
+"""Networks of published systems, and one that is ready to run."""
+
+from fasthyp.models.pose_inn import PoseINN
+
+__all__ = ["PoseINN"]

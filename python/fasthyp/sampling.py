@@ -1,0 +1,188 @@
+"""Hundreds of hypotheses per image from a conditional flow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fasthyp.flows.accelerate import shared_clone
+from fasthyp.flows.executor import FlowExecutor
+from fasthyp.flows.freia import describe
+from fasthyp.flows.program import FlowProgram
+from fasthyp.reference.coupling import standard_normal_log_prob
+
+
+class HypothesisSampler:
+    """Draws M hypotheses for each of B conditions: x = inverse flow of z, z ~ N(0, 1).
+
+    Samples as in eval mode whatever mode the flow is in, without gradients. The noise comes from a
+    counter-based generator: hypothesis m of image b depends on the seed, b and m alone, not on
+    ``num_samples``, the number of threads or the split into batches.
+
+    Args:
+        flow: a FrEIA ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` or
+            ``GLOWCouplingBlock``, accelerated or not, or a :class:`fasthyp.flows.FlowProgram`.
+        precision: ``"highest"``, ``"high"`` or ``"medium"``.
+
+    Raises:
+        TypeError: ``flow`` is none of these.
+        UnsupportedFlow: the flow is not a chain of GLOW couplings and permutations of vectors.
+        ValueError: unknown precision.
+    """
+
+    def __init__(self, flow: nn.Module | FlowProgram, precision: str = "high") -> None:
+        self.flow = flow
+        self.precision = precision
+        source = flow if isinstance(flow, FlowProgram) else partial(describe, flow)
+        self._executor = FlowExecutor(source, precision)
+        _ = self._executor.program  # an unsuitable flow is refused here
+
+    def __call__(
+        self,
+        cond: Tensor | Sequence[Tensor] | None = None,
+        num_samples: int | None = None,
+        *,
+        seed: int | None = None,
+        z: Tensor | None = None,
+        fixed: Tensor | None = None,
+        include_mode: bool = False,
+        return_log_prob: bool = False,
+        generator: torch.Generator | None = None,
+        image_offset: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Sample hypotheses.
+
+        Args:
+            cond: condition (B, C), or a list of the flow's conditions (B, C_i); None for a flow
+                without conditions (B = 1, or that of ``z`` or ``fixed``).
+            num_samples: M, hypotheses per image; 1000 unless told, or that of ``z``.
+            seed: of the noise, 0 <= seed < 2**64. None draws one from ``generator`` or PyTorch's
+                default generator, so that ``torch.manual_seed`` makes the result repeatable.
+            z: the latents to use, (B, M, D), or (B, M, D - F) with ``fixed``.
+            fixed: (B, F), the last F latent dims, the same for all hypotheses of an image
+                (Wehrbein et al., ICCV 2021: the 2D pose); only the others are noise.
+            include_mode: make hypothesis 0 the mode of the latent, z = 0.
+            return_log_prob: also return log p(x) (B, M) in nats, the density of the noise dims.
+            generator: where a seed is drawn from.
+            image_offset: number of the first image, where a batch is part of a longer list.
+
+        Returns:
+            x (B, M, D), with ``return_log_prob`` also log p (B, M).
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+        """
+        executor = self._eval_executor()
+        program = executor.program
+        like = next((t for t in (*program.tensors(), *program.opaque_tensors())), torch.empty(0))
+        conditions = _conditions(cond, program.cond_dims, like)
+        batch = conditions.shape[0] if conditions is not None else None
+        noise_dim = program.dim
+        if fixed is not None:
+            _check_tensor("fixed", fixed, like, 2)
+            if batch not in (None, fixed.shape[0]) or not 0 < fixed.shape[1] <= program.dim:
+                expected = f"({'B' if batch is None else batch}, F), F <= {program.dim}"
+                raise ValueError(f"fixed: expected shape {expected}, got {tuple(fixed.shape)}")
+            batch = fixed.shape[0]
+            noise_dim -= fixed.shape[1]
+        _check_int("image_offset", image_offset, 0, 2**32 - (batch or 1))
+        if num_samples is not None:
+            _check_int("num_samples", num_samples, 1, 2**32)
+
+        if z is None:
+            x, log_prob = executor.sample(
+                conditions,
+                1000 if num_samples is None else num_samples,
+                _seed(seed, generator),
+                image_offset=image_offset,
+                fixed=fixed,
+                include_mode=include_mode,
+            )
+        else:
+            if seed is not None or generator is not None or include_mode:
+                raise ValueError("z: given latents leave nothing to seed, generator, include_mode")
+            _check_tensor("z", z, like, 3)
+            expected = (
+                z.shape[0] if batch is None else batch,
+                z.shape[1] if num_samples is None else num_samples,
+                noise_dim,
+            )
+            if tuple(z.shape) != expected or not z.shape[1]:
+                raise ValueError(f"z: expected shape {expected}, got {tuple(z.shape)}")
+            x, log_prob = _push(executor, conditions, z, fixed)
+        return (x, log_prob) if return_log_prob else x
+
+    def _eval_executor(self) -> FlowExecutor:
+        flow = self.flow
+        if isinstance(flow, nn.Module) and any(part.training for part in flow.modules()):
+            # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
+            copy = shared_clone(flow).eval()
+            return FlowExecutor(partial(describe, copy), self.precision)
+        return self._executor
+
+
+@torch.no_grad()
+def _push(
+    executor: FlowExecutor, cond: Tensor | None, z: Tensor, fixed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    log_noise = standard_normal_log_prob(z)
+    if fixed is not None:
+        z = torch.cat([z, fixed[:, None].expand(-1, z.shape[1], -1)], -1)
+    x, log_jac = executor.inverse(z, cond)
+    return x, log_noise - log_jac
+
+
+def _seed(seed: int | None, generator: torch.Generator | None) -> int:
+    if seed is None:
+        device = "cpu" if generator is None else generator.device
+        draw = torch.randint(2**62, (), generator=generator, device=device)
+        return int(draw.item())
+    if generator is not None:
+        raise ValueError("seed, generator: expected at most one of them, got both")
+    _check_int("seed", seed, 0, 2**64)
+    return seed
+
+
+def _conditions(
+    cond: Tensor | Sequence[Tensor] | None, widths: Sequence[int], like: Tensor
+) -> Tensor | None:
+    given = [] if cond is None else [cond] if isinstance(cond, Tensor) else cond
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"cond: expected a tensor or a list of them, got {type(cond).__name__}")
+    if len(given) != len(widths):
+        raise ValueError(f"cond: expected {len(widths)} condition(s), got {len(given)}")
+    for i, (tensor, width) in enumerate(zip(given, widths, strict=True)):
+        name = "cond" if len(widths) == 1 else f"cond[{i}]"
+        _check_tensor(name, tensor, like, 2)
+        if tensor.shape[1] != width or tensor.shape[0] != given[0].shape[0]:
+            batch = given[0].shape[0] if i else "B"
+            raise ValueError(f"{name}: expected shape ({batch}, {width}), got {tuple(tensor.shape)}")
+    if not given:
+        return None
+    return given[0].detach() if len(given) == 1 else torch.cat(list(given), 1).detach()
+
+
+def _check_tensor(name: str, tensor: object, like: Tensor, rank: int) -> None:
+    """A finite tensor with at least one row, of the flow's dtype and device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like.dtype}, as the flow's, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected on {like.device}, as the flow, got {tensor.device}")
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
+    if not tensor.shape[0]:
+        raise ValueError(f"{name}: expected at least one image, got shape {tuple(tensor.shape)}")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name}: expected {low} <= {name} < {high}, got {value}")
