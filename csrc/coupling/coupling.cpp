@@ -1,6 +1,7 @@
 #include "coupling/coupling.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <limits>
@@ -129,17 +130,32 @@ Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row
   return d;
 }
 
-// Hoisted sums of at most this many images are held at a time.
+// Hoisted sums of at most this many bytes are held at a time.
 constexpr std::int64_t kHoistBytes = std::int64_t(64) << 20;
-constexpr std::int64_t kRowGrain = 4;
 
+// Threads take rows from a common store, large parts first: a thread that shares its core with
+// something else (often a spinning OpenMP worker) then takes less, and none waits long at the end.
+// Weights that no cache holds are read once per part, so such flows get as few parts as can be.
 void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kMost = 480, kLeast = 24, kCachedBytes = std::int64_t(16) << 20;
   const auto rows = kernels().rows[static_cast<int>(call.flow->element)];
   const std::int64_t count = end - begin;
-  const int shards = static_cast<int>(std::clamp<std::int64_t>(count / kRowGrain, 1, call.threads));
-  parallel(shards, [&](int shard, int n) {
-    const Range r = shard_range(count, shard, n, kRowGrain);
-    if (r.begin < r.end) rows(job, begin + r.begin, begin + r.end);
+  const int shards = static_cast<int>(std::clamp<std::int64_t>(count / 4, 1, call.threads));
+  const std::int64_t rounds = (count + kMost * shards - 1) / (kMost * shards);
+  const std::int64_t even = (count + rounds * shards - 1) / (rounds * shards);
+  const bool cached = call.flow->packed_bytes <= kCachedBytes;
+  std::atomic<std::int64_t> next{0};
+  parallel(shards, [&](int, int) {
+    std::int64_t first = next.load(std::memory_order_relaxed), size;
+    for (;;) {
+      if (first >= count) return;
+      const std::int64_t left = count - first;
+      size = cached ? std::clamp(round_up(left / (2 * shards), kLeast), kLeast, kMost) : even;
+      size = std::min(shards == 1 ? left : size, left);
+      if (!next.compare_exchange_weak(first, first + size, std::memory_order_relaxed)) continue;
+      rows(job, begin + first, begin + first + size);
+      first = next.load(std::memory_order_relaxed);
+    }
   });
 }
 

@@ -227,6 +227,13 @@ def _flow_cpu(
         raise ValueError(f"x: expected shape (B, M, {int(plan[0])}), got {tuple(x.shape)}")
     _check(plan, packed, cond, x.shape[0], x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype)
+    if cond is not None and x.shape[1] == 1 and x.shape[0] > 1 and cond.stride(0) == 0:
+        # one condition expanded over all rows is one image
+        x, cond = x.transpose(0, 1), cond[:1]
+        flat, log_det = _run(
+            plan=plan, packed=packed, inverse=inverse, x=x, cond=cond, out=out.transpose(0, 1)
+        )
+        return flat.transpose(0, 1), log_det.transpose(0, 1)
     return _run(plan=plan, packed=packed, inverse=inverse, x=x, cond=cond, out=out)
 
 
