@@ -77,15 +77,17 @@ class HypothesisSampler:
         """
         executor = self._eval_executor()
         program = executor.program
-        like = next((t for t in (*program.tensors(), *program.opaque_tensors())), torch.empty(0))
+        like = executor.like
         conditions = _conditions(cond, program.cond_dims, like)
         batch = conditions.shape[0] if conditions is not None else None
         noise_dim = program.dim
         if fixed is not None:
             _check_tensor("fixed", fixed, like, 2)
             if batch not in (None, fixed.shape[0]) or not 0 < fixed.shape[1] <= program.dim:
-                expected = f"({'B' if batch is None else batch}, F), F <= {program.dim}"
-                raise ValueError(f"fixed: expected shape {expected}, got {tuple(fixed.shape)}")
+                rows, got = "B" if batch is None else batch, tuple(fixed.shape)
+                raise ValueError(
+                    f"fixed: expected shape ({rows}, F) with F <= {program.dim}, got {got}"
+                )
             batch = fixed.shape[0]
             noise_dim -= fixed.shape[1]
         _check_int("image_offset", image_offset, 0, 2**32 - (batch or 1))
@@ -158,8 +160,8 @@ def _conditions(
         name = "cond" if len(widths) == 1 else f"cond[{i}]"
         _check_tensor(name, tensor, like, 2)
         if tensor.shape[1] != width or tensor.shape[0] != given[0].shape[0]:
-            batch = given[0].shape[0] if i else "B"
-            raise ValueError(f"{name}: expected shape ({batch}, {width}), got {tuple(tensor.shape)}")
+            rows, got = given[0].shape[0] if i else "B", tuple(tensor.shape)
+            raise ValueError(f"{name}: expected shape ({rows}, {width}), got {got}")
     if not given:
         return None
     return given[0].detach() if len(given) == 1 else torch.cat(list(given), 1).detach()

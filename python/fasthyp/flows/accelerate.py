@@ -23,9 +23,12 @@ _originals: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highest") -> nn.Module:
     """Run the flows of a model on fused kernels; parameters, keys and numbers stay the same.
 
-    FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and ``GLOWCouplingBlock``, alone or
-    anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`. What cannot be
-    fused keeps working as it was; :func:`explain` says what and why.
+    FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and ``GLOWCouplingBlock``, alone
+    or anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`. What cannot
+    be fused keeps working as it was; :func:`explain` says what and why.
+
+    Changed weights are noticed at the next call, except when they were changed in place through
+    ``parameter.data``, which PyTorch does not count: then call ``train()`` or ``eval()`` once.
 
     Args:
         module: any module.
@@ -103,9 +106,7 @@ class Report:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, kind: str, accelerated: bool, reason: str) -> None:
-        self.rows.append(
-            {"name": name, "kind": kind, "accelerated": accelerated, "reason": reason}
-        )
+        self.rows.append({"name": name, "kind": kind, "accelerated": accelerated, "reason": reason})
 
     def __str__(self) -> str:
         table = [("name", "kind", "fused", "reason")]

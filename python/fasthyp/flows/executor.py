@@ -96,6 +96,11 @@ class FlowExecutor:
         """The program of the module as it is now."""
         return self._current_plan().program
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the dtype and device of the flow."""
+        return self._current_plan().like()
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data x (B, M, D), condition (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
         return self._run(x, cond, inverse=False)

@@ -66,7 +66,8 @@ def _describe_graph(net: ff.GraphINN, watch: Watch) -> FlowProgram:
     if len(net.in_nodes) != 1 or len(net.out_nodes) != 1:
         raise UnsupportedFlow("it has several inputs or outputs")
     (dim,) = _vector(net.in_nodes[0].dims, "input")
-    columns, cond_dims = {}, []
+    columns: dict[ff.ConditionNode, tuple[int, ...]] = {}
+    cond_dims: list[int] = []
     for node in net.condition_nodes:
         (width,) = _vector(node.dims, f"condition {node.name}")
         start = sum(cond_dims)
@@ -119,9 +120,7 @@ def _vector(shape: Sequence[int], what: str) -> Sequence[int]:
     return shape
 
 
-def _steps(
-    module: nn.Module, cond: tuple[int, ...], name: str, watch: Watch
-) -> list[Coupling | Permute]:
+def _steps(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Coupling | Permute]:
     if isinstance(module, fm.GLOWCouplingBlock) and type(module).forward in _FORWARDS:
         return list(_couplings(module, cond, name, watch))
     if type(module) is OldInputNode:
@@ -216,7 +215,7 @@ def _mlp(module: nn.Module, watch: Watch) -> MLP:
     return MLP(tuple(linears), *(activations[0] if activations else ()))
 
 
-def _flatten(module: nn.Module, name: str, watch: Watch) -> Iterable[tuple[str, nn.Module]]:
+def _flatten(module: Any, name: str, watch: Watch) -> Iterable[tuple[str, Any]]:
     _require_plain(module, name or "it")
     watch.module(module)
     if type(module) is nn.Sequential:
@@ -226,7 +225,7 @@ def _flatten(module: nn.Module, name: str, watch: Watch) -> Iterable[tuple[str, 
         yield name or "it", module
 
 
-def _activation(module: nn.Module, name: str, watch: Watch) -> tuple[str, float]:
+def _activation(module: Any, name: str, watch: Watch) -> tuple[str, float]:
     kind = type(module)
     if kind is nn.ReLU:
         return "relu", 0.0
@@ -316,6 +315,8 @@ class FusedFlow(nn.Module):
 class GLOWCouplingBlock(FusedFlow, fm.GLOWCouplingBlock):
     """``FrEIA.modules.GLOWCouplingBlock``, fused."""
 
+    f_clamp: Callable[[Tensor], Tensor]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.f_clamp = _picklable_clamp(self.f_clamp)
@@ -366,6 +367,10 @@ class PermuteRandom(fm.PermuteRandom):
 
 
 class _FusedGraph(FusedFlow):
+    in_nodes: list[ff.InputNode]
+    condition_nodes: list[ff.ConditionNode]
+    force_tuple_output: bool
+
     def forward(
         self,
         x_or_z: Tensor | Iterable[Tensor],
@@ -375,8 +380,11 @@ class _FusedGraph(FusedFlow):
         intermediate_outputs: bool = False,
         x: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
-        """x_or_z (N, D), c: conditions (N, C_i) -> (output (N, D), log_jac (N,)), as FrEIA's
-        ``GraphINN.forward``; ``log_jac`` is that of the direction taken, zeros for ``jac=False``."""
+        """x_or_z (N, D), c: conditions (N, C_i) -> (output (N, D), log_jac (N,)).
+
+        As FrEIA's ``GraphINN.forward``: ``log_jac`` is that of the direction taken, and zero for
+        ``jac=False``.
+        """
         if not (intermediate_outputs or x is not None or self._delegates()):
             inputs = (x_or_z,) if isinstance(x_or_z, Tensor) else tuple(x_or_z)
             conditions = () if c is None else (c,) if isinstance(c, Tensor) else tuple(c)
@@ -402,11 +410,14 @@ class GraphINN(_FusedGraph, ff.GraphINN):
 
 
 class ReversibleGraphNet(_FusedGraph, ff.ReversibleGraphNet):
-    """``FrEIA.framework.ReversibleGraphNet``, fused; calls do not repeat its deprecation warning."""
+    """``FrEIA.framework.ReversibleGraphNet``, fused; calls do not warn of its deprecation."""
 
 
 class SequenceINN(FusedFlow, ff.SequenceINN):
     """``FrEIA.framework.SequenceINN``, fused where it is a chain of couplings and permutations."""
+
+    conditions: list[int | None]
+    module_list: nn.ModuleList
 
     def append(self, *args: Any, **kwargs: Any) -> None:
         super().append(*args, **kwargs)
@@ -437,6 +448,8 @@ class SequenceINN(FusedFlow, ff.SequenceINN):
 class _FusedNode:
     """Lets a graph be pickled whose subnet constructor is a local function or a lambda: nothing
     reads the arguments after construction."""
+
+    module_args: dict[str, Any]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -473,13 +486,13 @@ class OutputNode(_FusedNode, ff.OutputNode):
 
 
 # FrEIA's classes and their fused drop-ins: modules and the nodes of a graph.
-MODULES: dict[type, type] = {
+MODULES: dict[Any, Any] = {
     ff.GraphINN: GraphINN,
     ff.ReversibleGraphNet: ReversibleGraphNet,
     ff.SequenceINN: SequenceINN,
     fm.GLOWCouplingBlock: GLOWCouplingBlock,
 }
-NODES: dict[type, type] = {
+NODES: dict[Any, Any] = {
     ff.Node: Node,
     ff.InputNode: InputNode,
     ff.ConditionNode: ConditionNode,

@@ -1,8 +1,8 @@
 """The blocks of FrEIA before 0.2, on which the ICCV 2021 checkpoints were trained.
 
-Where they differ from 0.2: the clamp is ``clamp * 0.636 * atan(s / clamp)``; the subnets are called
-``s1`` (changes x2) and ``s2`` (changes x1); odd widths split at ``D // 2``; permutations are no part
-of the state dict but rebuilt from their seed; and the input node takes the first place of
+Where they differ from 0.2: the clamp is ``clamp * 0.636 * atan(s / clamp)``; the subnets are
+called ``s1`` (changes x2) and ``s2`` (changes x1); odd widths split at ``D // 2``; permutations are
+no part of the state dict but rebuilt from their seed; and the input node takes the first place of
 ``module_list``. The order of the halves is the same: x1 changes first.
 """
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from operator import is_
 from typing import Any
 
@@ -25,7 +26,7 @@ class UnsupportedFlow(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """Linear layers with one activation between them (``fasthyp.reference.coupling.ACTIVATIONS``)."""
+    """Linear layers with one activation (``reference.coupling.ACTIVATIONS``) between them."""
 
     linears: tuple[nn.Linear, ...]
     activation: str = "relu"
@@ -261,7 +262,7 @@ def _check_coupling(step: Coupling, dim: int, cond_dim: int) -> None:
     linears = step.subnet.linears
     widths = [linears[0].in_features, *(linear.out_features for linear in linears)]
     expected = (len(step.passive) + len(step.cond), 2 * len(step.active))
-    joined = all(a.out_features == b.in_features for a, b in zip(linears, linears[1:], strict=False))
+    joined = all(a.out_features == b.in_features for a, b in pairwise(linears))
     if not joined or (widths[0], widths[-1]) != expected:
         raise UnsupportedFlow(
             f"coupling {step.name}: its linears have widths {widths}, "

@@ -105,7 +105,8 @@ class PoseINN(nn.Module):
         if gauss.dim() != 2 or gauss.shape[1] != GAUSS_DIM:
             raise ValueError(f"gauss: expected shape (B, {GAUSS_DIM}), got {tuple(gauss.shape)}")
         if isinstance(pose_2d, Tensor) and pose_2d.shape[1:] != (FIXED_DIM,):
-            raise ValueError(f"pose_2d: expected shape (B, {FIXED_DIM}), got {tuple(pose_2d.shape)}")
+            got = tuple(pose_2d.shape)
+            raise ValueError(f"pose_2d: expected shape (B, {FIXED_DIM}), got {got}")
         sampler = self._samplers.get(precision)
         if sampler is None:
             sampler = self._samplers[precision] = HypothesisSampler(self.inn, precision)
