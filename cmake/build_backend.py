@@ -12,7 +12,7 @@ import sys
 from scikit_build_core import build as _backend
 from scikit_build_core.build import *  # noqa: F403
 
-# One metapackage pins compiler, headers and runtime together; pinning nvcc alone lets the rest drift
+# One metapackage pins compiler, headers and runtime together; pinning nvcc alone lets them drift
 # to a newer release, whose PTX the older ptxas refuses.
 _TOOLKIT = "cuda-toolkit[nvcc,cudart,cccl]==13.0.*"
 

@@ -10,10 +10,12 @@
 #include <vector>
 
 #include "common/cpu_features.h"
+#include "common/cuda_device.h"
 #include "common/philox.h"
 #include "common/philox_cpu.h"
 #include "common/thread_pool.h"
 #include "coupling/coupling.h"
+#include "gaussian_fit/gaussian_fit.h"
 
 namespace py = pybind11;
 using namespace fasthyp;
@@ -50,11 +52,11 @@ void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, A
   const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
   py::gil_scoped_release release;
   if (flow.element == coupling::Element::f64)
-    coupling::pack_layer(flow, index, layer, pointer<const double>(weight), pointer<const double>(bias),
-                         cond_columns, pointer<std::byte>(packed));
+    coupling::pack_layer(flow, index, layer, pointer<const double>(weight),
+                         pointer<const double>(bias), cond_columns, pointer<std::byte>(packed));
   else
-    coupling::pack_layer(flow, index, layer, pointer<const float>(weight), pointer<const float>(bias),
-                         cond_columns, pointer<std::byte>(packed));
+    coupling::pack_layer(flow, index, layer, pointer<const float>(weight),
+                         pointer<const float>(bias), cond_columns, pointer<std::byte>(packed));
 }
 
 void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,
@@ -63,7 +65,8 @@ void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int
                   std::int64_t image_offset, Address fixed, int fixed_dims, bool include_mode) {
   py::gil_scoped_release release;
   const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
-  if (packed_bytes < flow.packed_bytes) throw std::invalid_argument("flow: packed weights too short");
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("flow: packed weights too short");
   if (fixed_dims < 0 || fixed_dims > flow.dim) throw std::invalid_argument("flow: fixed too wide");
   coupling::run({&flow, pointer<const std::byte>(packed), inverse, images, per_image,
                  pointer<const void>(input), pointer<const void>(cond), pointer<void>(output),
@@ -80,8 +83,38 @@ void coupling_affine(Address state, std::int64_t rows, int dim, Address raw, boo
     coupling::affine(pointer<double>(state), rows, dim, pointer<const double>(raw), active, clamp,
                      kind, inverse, pointer<double>(log_det), threads);
   else
-    coupling::affine(pointer<float>(state), rows, dim, pointer<const float>(raw), active, clamp, kind,
-                     inverse, pointer<float>(log_det), threads);
+    coupling::affine(pointer<float>(state), rows, dim, pointer<const float>(raw), active, clamp,
+                     kind, inverse, pointer<float>(log_det), threads);
+}
+
+// --- gaussian_fit ---
+
+// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+void gaussian_fit_run(Address heatmaps, bool is_double, std::int64_t count, std::int64_t height,
+                      std::int64_t width, Address init, int init_size, int max_iter, double tol,
+                      Address scalars, Address mean, Address covariance, Address converged,
+                      Address iterations, int device, std::uintptr_t threads_or_stream) {
+  constexpr std::int64_t kMaxSide = 1 << 15;
+  if (count < 0 || height < 1 || width < 1 || height > kMaxSide || width > kMaxSide)
+    throw std::invalid_argument("gaussian_fit: expected maps of 1 to " + std::to_string(kMaxSide) +
+                                " cells a side, got " + std::to_string(height) + " x " +
+                                std::to_string(width));
+  if (init_size != 0 && init_size != 2 && init_size != 6)
+    throw std::invalid_argument("gaussian_fit: init must have 2 or 6 columns");
+  if (count == 0) return;
+  const gaussian_fit::Call call{pointer<const void>(heatmaps), is_double, count,
+                                static_cast<int>(height), static_cast<int>(width),
+                                pointer<const void>(init), init_size, max_iter, tol,
+                                pointer<void>(scalars), pointer<void>(mean),
+                                pointer<void>(covariance), pointer<bool>(converged),
+                                pointer<std::int32_t>(iterations)};
+  py::gil_scoped_release release;
+  if (device < 0) return gaussian_fit::fit(call, static_cast<int>(threads_or_stream));
+#if defined(FASTHYP_WITH_CUDA)
+  gaussian_fit::fit_cuda(call, device, pointer<void>(threads_or_stream));
+#else
+  throw std::invalid_argument("gaussian_fit: built without CUDA");
+#endif
 }
 
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
@@ -127,10 +160,19 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("cond_dim", &PlanInfo::cond_dim)
       .def_readonly("is_double", &PlanInfo::is_double);
   m.def("coupling_plan_info", &coupling_plan_info);
-  m.def("coupling_lanes", [](int element) { return coupling::lanes(static_cast<coupling::Element>(element)); });
+  m.def("coupling_lanes",
+        [](int element) { return coupling::lanes(static_cast<coupling::Element>(element)); });
   m.def("coupling_pack", &coupling_pack);
   m.def("coupling_run", &coupling_run);
   m.def("coupling_affine", &coupling_affine);
+  m.def("gaussian_fit_run", &gaussian_fit_run);
+  m.def("cuda_device_count", [] {
+#if defined(FASTHYP_WITH_CUDA)
+    return cuda_device_count();
+#else
+    return 0;
+#endif
+  });
   m.def("philox_normal", &philox_normal);
   m.def("philox4x32", &philox4x32);
 }

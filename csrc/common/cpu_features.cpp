@@ -37,10 +37,14 @@ Simd simd_level() { return static_cast<Simd>(current().load(std::memory_order_re
 
 const char* simd_name(Simd level) {
   switch (level) {
-    case Simd::portable: return "portable";
-    case Simd::avx2: return "avx2";
-    case Simd::avx512: return "avx512";
-    case Simd::avx512bf16: return "avx512bf16";
+    case Simd::portable:
+      return "portable";
+    case Simd::avx2:
+      return "avx2";
+    case Simd::avx512:
+      return "avx512";
+    case Simd::avx512bf16:
+      return "avx512bf16";
   }
   return "unknown";
 }
@@ -54,7 +58,8 @@ void set_simd_level(const std::string& name) {
     }
     known += std::string(known.empty() ? "" : ", ") + simd_name(level);
   }
-  throw std::invalid_argument("SIMD level: expected one of " + known + " (what this processor and build have), got '" + name + "'");
+  throw std::invalid_argument("SIMD level: expected one of " + known +
+                              " (what this processor and build have), got '" + name + "'");
 }
 
 }  // namespace fasthyp

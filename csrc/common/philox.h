@@ -2,17 +2,13 @@
 // 1, 2, 3", SC 2011) and the Box-Muller transform.
 //
 // Counter = (dim / 4, hypothesis, image, 0), key = seed: a number depends on its place alone, never
-// on how the work is split. The transform uses only multiplications, additions, fma and square root,
-// each rounded once, so that CPU levels with fma and CUDA give the same bits.
+// on how the work is split. The transform uses only multiplications, additions, fma and square
+// root, each rounded once, so that CPU levels with fma and CUDA give the same bits.
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTHYP_HD __host__ __device__ __forceinline__
-#else
-#define FASTHYP_HD inline __attribute__((always_inline))
-#endif
+#include "common/host_device.h"
 
 namespace fasthyp::philox {
 

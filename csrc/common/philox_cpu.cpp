@@ -4,10 +4,10 @@
 
 namespace fasthyp {
 
-#define FASTHYP_LEVEL(name) \
-  namespace name {                                                                            \
+#define FASTHYP_LEVEL(name)                                                                     \
+  namespace name {                                                                              \
   void philox_normal_row(std::uint64_t, std::uint32_t image, std::uint32_t hypothesis, int dim, \
-                         float* out);                                                         \
+                         float* out);                                                           \
   }
 FASTHYP_LEVEL(portable)
 #if defined(FASTHYP_X86)
@@ -20,11 +20,14 @@ void philox_normal_row(std::uint64_t seed, std::uint32_t image, std::uint32_t hy
                        float* out) {
   switch (simd_level()) {
 #if defined(FASTHYP_X86)
-    case Simd::avx2: return avx2::philox_normal_row(seed, image, hypothesis, dim, out);
+    case Simd::avx2:
+      return avx2::philox_normal_row(seed, image, hypothesis, dim, out);
     case Simd::avx512:
-    case Simd::avx512bf16: return avx512::philox_normal_row(seed, image, hypothesis, dim, out);
+    case Simd::avx512bf16:
+      return avx512::philox_normal_row(seed, image, hypothesis, dim, out);
 #endif
-    default: return portable::philox_normal_row(seed, image, hypothesis, dim, out);
+    default:
+      return portable::philox_normal_row(seed, image, hypothesis, dim, out);
   }
 }
 

@@ -1,5 +1,6 @@
 #include "common/thread_pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -37,6 +38,7 @@ T wait_change(std::atomic<T>& value, T old) {
   return now;
 }
 
+// Our own workers: one region at a time; a caller that finds them busy runs its shards itself.
 class Pool {
  public:
   void run(Task task, void* context, int shards) {
@@ -90,16 +92,42 @@ class Pool {
 
 // Never destroyed: workers may still wait on it while the process exits.
 std::atomic<Pool*> g_pool{nullptr};
+std::atomic<bool> g_forked{false};
 
-Pool& pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
+// libgomp's entry points; LLVM's and Intel's runtimes have them too.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+  int (*in_parallel)() = nullptr;
+  explicit operator bool() const { return parallel && in_parallel; }
+};
+
+struct State {
+  OpenMp openmp;
+  State() {
     g_pool = new Pool;
+    openmp.parallel =
+        reinterpret_cast<decltype(openmp.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    openmp.in_parallel =
+        reinterpret_cast<decltype(openmp.in_parallel)>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
     // A forked child has none of the parent's workers, perhaps a locked mutex: it gets a new pool.
-    pthread_atfork(nullptr, nullptr, [] { g_pool = new Pool; });
-  });
-  return *g_pool.load();
+    pthread_atfork(nullptr, nullptr, [] {
+      g_pool = new Pool;
+      g_forked = true;
+    });
+  }
+};
+
+State& state() {
+  static State s;
+  return s;
 }
+
+struct Region {
+  Task task;
+  void* context;
+  int shards;
+  std::atomic<int> next{0};
+};
 
 }  // namespace
 
@@ -108,7 +136,18 @@ void run_parallel(Task task, void* context, int shards) {
     if (shards == 1) task(context, 0, 1);
     return;
   }
-  pool().run(task, context, shards);
+  const OpenMp& openmp = state().openmp;
+  if (!openmp || g_forked.load(std::memory_order_relaxed) || openmp.in_parallel())
+    return g_pool.load()->run(task, context, shards);
+  // The runtime may grant fewer threads than asked for, so shards are handed out, not assigned.
+  Region region{task, context, shards};
+  openmp.parallel(
+      [](void* given) {
+        auto& r = *static_cast<Region*>(given);
+        for (int i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.shards;)
+          r.task(r.context, i, r.shards);
+      },
+      &region, static_cast<unsigned>(shards), 0);
 }
 
 }  // namespace fasthyp::detail

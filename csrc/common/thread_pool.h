@@ -1,4 +1,9 @@
-// A small pool of worker threads: one parallel region at a time, caller included.
+// Parallel regions.
+//
+// They run on the OpenMP threads that PyTorch has loaded, where it has: those spin for milliseconds
+// after each PyTorch operator, and threads of our own would have to share the cores with them. No
+// OpenMP runtime is linked or brought along. In a forked child, where OpenMP regions hang, and
+// where no runtime is loaded, a small pool of our own does the work.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +17,8 @@ void run_parallel(Task task, void* context, int shards);
 }  // namespace detail
 
 // Calls f(shard, shards) for every shard in [0, shards), on as many threads. Returns when all are
-// done. Safe to call from several threads at once (a caller that finds the pool busy runs its shards
-// itself) and in a forked child (which starts workers of its own). f must not throw.
+// done. Safe to call from several threads at once (a caller that finds the pool busy runs its
+// shards itself) and in a forked child (which starts workers of its own). f must not throw.
 template <class F>
 void parallel(int shards, F&& f) {
   using Body = std::remove_reference_t<F>;

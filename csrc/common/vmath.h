@@ -1,5 +1,5 @@
-// Elementary functions on vectors. float: polynomials, about 1 to 2 ulp. double: exp is a polynomial,
-// the rest call libm lane by lane (double serves gradient checks, not speed).
+// Elementary functions on vectors. float: polynomials, about 1 to 2 ulp. double: exp is a
+// polynomial, the rest call libm lane by lane (double serves gradient checks, not speed).
 //
 // The polynomial coefficients are minimax fits (Lawson-weighted least squares on Chebyshev nodes);
 // the comment beside each gives its interval and error before rounding to float.
@@ -62,16 +62,28 @@ FASTHYP_INLINE Vec<T> exp(Vec<T> x) {
     static constexpr T c[] = {1, 1, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
     p = detail::polynomial<T>(r, c);
   } else {
-    static constexpr T c[] = {1,           1,           0.5,           1. / 6,       1. / 24,
-                              1. / 120,    1. / 720,    1. / 5040,     1. / 40320,   1. / 362880,
-                              1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+    static constexpr T c[] = {1,
+                              1,
+                              0.5,
+                              1. / 6,
+                              1. / 24,
+                              1. / 120,
+                              1. / 720,
+                              1. / 5040,
+                              1. / 40320,
+                              1. / 362880,
+                              1. / 3628800,
+                              1. / 39916800,
+                              1. / 479001600,
+                              1. / 6227020800.};
     p = detail::polynomial<T>(r, c);
   }
   // p * 2^n in two factors, so that neither leaves the exponent's range.
   const IntVec<T> k = bits_as<IntVec<T>>(shifted) - bits_as<IntVec<T>>(magic);
   const IntVec<T> half = k >> 1;
   constexpr int mantissa = f ? 23 : 52, bias = f ? 127 : 1023;
-  const V s1 = bits_as<V>((half + bias) << mantissa), s2 = bits_as<V>((k - half + bias) << mantissa);
+  const V s1 = bits_as<V>((half + bias) << mantissa),
+          s2 = bits_as<V>((k - half + bias) << mantissa);
   return p * s1 * s2;
 }
 
@@ -121,11 +133,13 @@ FASTHYP_INLINE Vec<T> erf(Vec<T> x) {
     using V = Vec<T>;
     const V t = detail::abs<T>(x), u = x * x;
     // erf x / x in x^2, |x| <= 1: 2e-9
-    static constexpr T c[] = {1.128379166e+00f,  -3.761262714e-01f, 1.128360017e-01f, -2.685444451e-02f,
-                              5.189535190e-03f, -8.020839944e-04f, 7.889115067e-05f};
+    static constexpr T c[] = {1.128379166e+00f,  -3.761262714e-01f, 1.128360017e-01f,
+                              -2.685444451e-02f, 5.189535190e-03f,  -8.020839944e-04f,
+                              7.889115067e-05f};
     // -log(erfc x), 1 <= x <= 4: 2e-11 of erfc
-    static constexpr T q[] = {-1.880436709e-04f, 1.129578440e+00f,  6.332198640e-01f,  1.084186073e-01f,
-                              -2.520827488e-02f, 4.204568332e-03f, -4.413376282e-04f, 2.168695168e-05f};
+    static constexpr T q[] = {-1.880436709e-04f, 1.129578440e+00f,  6.332198640e-01f,
+                              1.084186073e-01f,  -2.520827488e-02f, 4.204568332e-03f,
+                              -4.413376282e-04f, 2.168695168e-05f};
     const V small = detail::polynomial<T>(u, c) * t;
     const V capped = select<T>(t > splat<T>(4), splat<T>(4), t);
     const V large = splat<T>(1) - exp<T>(-detail::polynomial<T>(capped, q));

@@ -14,8 +14,8 @@
 
 namespace fasthyp {
 
-#define FASTHYP_LEVEL(name) \
-  namespace name {          \
+#define FASTHYP_LEVEL(name)                        \
+  namespace name {                                 \
   extern const coupling::Kernels coupling_kernels; \
   }
 FASTHYP_LEVEL(portable)
@@ -32,11 +32,15 @@ namespace {
 const Kernels& kernels() {
   switch (simd_level()) {
 #if defined(FASTHYP_X86)
-    case Simd::avx2: return avx2::coupling_kernels;
-    case Simd::avx512: return avx512::coupling_kernels;
-    case Simd::avx512bf16: return avx512bf16::coupling_kernels;
+    case Simd::avx2:
+      return avx2::coupling_kernels;
+    case Simd::avx512:
+      return avx512::coupling_kernels;
+    case Simd::avx512bf16:
+      return avx512bf16::coupling_kernels;
 #endif
-    default: return portable::coupling_kernels;
+    default:
+      return portable::coupling_kernels;
   }
 }
 
@@ -50,7 +54,8 @@ std::size_t state_size(Element e) { return e == Element::f64 ? 8 : 4; }
 // for broadcasts, so it must be clearly better.
 int choose_vectors(int vectors) {
   if (vectors == 1) return 1;
-  const int two = static_cast<int>(round_up(vectors, 2)), three = static_cast<int>(round_up(vectors, 3));
+  const int two = static_cast<int>(round_up(vectors, 2)),
+            three = static_cast<int>(round_up(vectors, 3));
   return three < two ? 3 : 2;
 }
 
@@ -119,7 +124,8 @@ Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row
     }
     std::int64_t found = -1;
     for (auto [it, end] = seen.equal_range(hash); it != end; ++it)
-      if (std::memcmp(row, cond + d.first[it->second] * row_bytes, row_bytes) == 0) found = it->second;
+      if (std::memcmp(row, cond + d.first[it->second] * row_bytes, row_bytes) == 0)
+        found = it->second;
     if (found < 0) {
       found = static_cast<std::int64_t>(d.first.size());
       d.first.push_back(r);
@@ -185,7 +191,8 @@ Flow parse_plan(std::span<const std::int64_t> plan) {
   flow.lanes = in.integer("lanes", 1, 64);
   const int couplings = in.integer("number of couplings", 0, 1 << 16);
   flow.output_index = in.slots("output index", flow.dim, flow.dim);
-  if (!distinct(flow.output_index)) throw std::invalid_argument("flow plan: output index is no permutation");
+  if (!distinct(flow.output_index))
+    throw std::invalid_argument("flow plan: output index is no permutation");
   const int step = flow.element == Element::bf16 ? 2 : 1;
   const auto bytes = static_cast<std::int64_t>(element_size(flow.element));
   std::int64_t offset = 0, hoisted = 0;
@@ -220,7 +227,9 @@ Flow parse_plan(std::span<const std::int64_t> plan) {
       const std::int64_t inputs = layer.in_padded + (l == 0 ? c.cond_padded : 0);
       offset = round_up(offset + inputs * layer.out_padded() * bytes, kAlign);
       layer.bias = offset;
-      offset = round_up(offset + layer.out_padded() * static_cast<std::int64_t>(state_size(flow.element)), kAlign);
+      offset = round_up(
+          offset + layer.out_padded() * static_cast<std::int64_t>(state_size(flow.element)),
+          kAlign);
       width = layer.out;
       width_padded = layer.out_padded();
       // The next layer sums over whole blocks of this one.
@@ -263,7 +272,8 @@ void pack_layer(const Flow& flow, int coupling, int layer, const T* weight, cons
   for (int o = 0; o < l.out_padded(); ++o) {
     for (std::int64_t k = 0; k < inputs; ++k) {
       const T v = o < l.out && column[k] >= 0 ? weight[o * given + column[k]] : T(0);
-      const std::int64_t at = (o / l.block * inputs + k / pair * pair) * l.block + o % l.block * pair + k % pair;
+      const std::int64_t at =
+          (o / l.block * inputs + k / pair * pair) * l.block + o % l.block * pair + k % pair;
       std::byte* base = packed + l.weight;
       if (flow.element == Element::bf16) {
         reinterpret_cast<std::uint16_t*>(base)[at] = to_bf16(static_cast<float>(v));
@@ -291,8 +301,8 @@ void run(const Call& call) {
 
   const std::size_t cond_row = flow.cond_dim * number;
   const auto* cond = static_cast<const std::byte*>(call.cond);
-  const std::int64_t image_limit =
-      std::max<std::int64_t>(1, kHoistBytes / (flow.hoisted_width * static_cast<std::int64_t>(number)));
+  const std::int64_t image_limit = std::max<std::int64_t>(
+      1, kHoistBytes / (flow.hoisted_width * static_cast<std::int64_t>(number)));
 
   if (call.per_image == 1 && rows > 1) {
     // Callers that know nothing of images repeat the condition for every hypothesis.
@@ -309,7 +319,8 @@ void run(const Call& call) {
     return run_rows(call, job, 0, rows);
   }
 
-  std::vector<double> hoisted((std::min(image_limit, call.images) * flow.hoisted_width * number + 7) / 8);
+  std::vector<double> hoisted(
+      (std::min(image_limit, call.images) * flow.hoisted_width * number + 7) / 8);
   job.hoisted = hoisted.data();
   for (std::int64_t first = 0; first < call.images; first += image_limit) {
     const std::int64_t images = std::min(image_limit, call.images - first);
@@ -320,8 +331,9 @@ void run(const Call& call) {
 }
 
 template <class T>
-void affine(T* state, std::int64_t rows, int dim, const T* raw, std::span<const std::int64_t> active,
-            double clamp, Clamp clamp_activation, bool inverse, T* log_det, int threads) {
+void affine(T* state, std::int64_t rows, int dim, const T* raw,
+            std::span<const std::int64_t> active, double clamp, Clamp clamp_activation,
+            bool inverse, T* log_det, int threads) {
   const auto count = static_cast<int>(active.size());
   for (const std::int64_t a : active)
     if (a < 0 || a >= dim) throw std::invalid_argument("affine: active slot out of range");
@@ -331,15 +343,17 @@ void affine(T* state, std::int64_t rows, int dim, const T* raw, std::span<const 
     T *s = state + r.begin * dim, *l = log_det + r.begin;
     const T* u = raw + r.begin * 2 * count;
     if constexpr (sizeof(T) == 8)
-      kernels().affine_f64(s, r.end - r.begin, dim, u, active.data(), count, clamp, clamp_activation, inverse, l);
+      kernels().affine_f64(s, r.end - r.begin, dim, u, active.data(), count, clamp,
+                           clamp_activation, inverse, l);
     else
-      kernels().affine_f32(s, r.end - r.begin, dim, u, active.data(), count, clamp, clamp_activation, inverse, l);
+      kernels().affine_f32(s, r.end - r.begin, dim, u, active.data(), count, clamp,
+                           clamp_activation, inverse, l);
   });
 }
 template void affine<float>(float*, std::int64_t, int, const float*, std::span<const std::int64_t>,
                             double, Clamp, bool, float*, int);
-template void affine<double>(double*, std::int64_t, int, const double*, std::span<const std::int64_t>,
-                             double, Clamp, bool, double*, int);
+template void affine<double>(double*, std::int64_t, int, const double*,
+                             std::span<const std::int64_t>, double, Clamp, bool, double*, int);
 
 }  // namespace coupling
 }  // namespace fasthyp

@@ -1,8 +1,8 @@
 // Conditional affine coupling flows on the CPU: shapes, packed weights, and the two entry points.
 //
 // A flow is a state of D numbers per row and a list of couplings. Each reads some state slots (and
-// the condition), runs an MLP, and changes other slots: x <- x * exp(s) + t. Permutations exist only
-// as these slot lists and, at the latent end, as `output_index`.
+// the condition), runs an MLP, and changes other slots: x <- x * exp(s) + t. Permutations exist
+// only as these slot lists and, at the latent end, as `output_index`.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,14 @@ namespace fasthyp::coupling {
 // What the weights and the operands of the matrix products are stored as; sums of bf16 products are
 // float. The state is double for f64, float otherwise.
 enum class Element : int { f32 = 0, f64 = 1, bf16 = 2 };
-enum class Activation : int { relu = 0, leaky_relu = 1, silu = 2, tanh = 3, gelu = 4, gelu_tanh = 5 };
+enum class Activation : int {
+  relu = 0,
+  leaky_relu = 1,
+  silu = 2,
+  tanh = 3,
+  gelu = 4,
+  gelu_tanh = 5
+};
 enum class Clamp : int { none = 0, atan = 1, tanh = 2, sigmoid = 3, atan_scaled = 4 };
 
 // Sums over inputs run in chunks of about this many, each from zero: better rounding than one long
@@ -23,14 +30,14 @@ enum class Clamp : int { none = 0, atan = 1, tanh = 2, sigmoid = 3, atan_scaled 
 inline constexpr int kChunk = 128;
 
 struct Layer {
-  int in, out;           // as in nn.Linear, in: without the condition
-  int in_padded;         // inputs as stored (without the condition)
-  int chunk;             // inputs per partial sum
-  int vectors;           // vectors per block of outputs
-  int block;             // outputs per block = vectors * lanes
+  int in, out;    // as in nn.Linear, in: without the condition
+  int in_padded;  // inputs as stored (without the condition)
+  int chunk;      // inputs per partial sum
+  int vectors;    // vectors per block of outputs
+  int block;      // outputs per block = vectors * lanes
   int blocks;
-  std::int64_t weight;   // byte offset of [block][condition, then inputs][output in block]
-  std::int64_t bias;     // byte offset of [blocks * block]
+  std::int64_t weight;  // byte offset of [block][condition, then inputs][output in block]
+  std::int64_t bias;    // byte offset of [blocks * block]
   int out_padded() const { return blocks * block; }
 };
 
@@ -52,7 +59,7 @@ struct Flow {
   std::vector<int> output_index;  // z[k] = state[output_index[k]]
   std::vector<Coupling> couplings;
   std::int64_t packed_bytes;
-  std::int64_t hoisted_width;     // numbers of hoisted first-layer sums per image
+  std::int64_t hoisted_width;  // numbers of hoisted first-layer sums per image
 };
 
 // A flow as numbers, so that it can travel as a tensor:
@@ -90,15 +97,16 @@ struct Call {
   std::int64_t image_offset = 0;
   const void* fixed = nullptr;  // (B, F): the last F latent dims of every row of an image
   int fixed_dims = 0;
-  bool include_mode = false;    // hypothesis 0 has zero noise
+  bool include_mode = false;  // hypothesis 0 has zero noise
 };
 void run(const Call& call);
 
 // Coupling arithmetic alone, for subnets that run elsewhere: state (N, D) changed in place,
 // raw (N, 2A) as [s | t], log_det (N,) receives +-sum(s).
 template <class T>
-void affine(T* state, std::int64_t rows, int dim, const T* raw, std::span<const std::int64_t> active,
-            double clamp, Clamp clamp_activation, bool inverse, T* log_det, int threads);
+void affine(T* state, std::int64_t rows, int dim, const T* raw,
+            std::span<const std::int64_t> active, double clamp, Clamp clamp_activation,
+            bool inverse, T* log_det, int threads);
 
 // --- what a SIMD level provides (cpu_kernels.cpp) ---
 
@@ -116,8 +124,9 @@ struct Kernels {
                    std::int64_t begin, std::int64_t end, void* hoisted);
   // Rows [begin, end) of the call, through the whole flow.
   void (*rows[3])(const RowsJob&, std::int64_t begin, std::int64_t end);
-  void (*affine_f32)(float*, std::int64_t rows, int dim, const float* raw, const std::int64_t* active,
-                     int count, double clamp, Clamp, bool inverse, float* log_det);
+  void (*affine_f32)(float*, std::int64_t rows, int dim, const float* raw,
+                     const std::int64_t* active, int count, double clamp, Clamp, bool inverse,
+                     float* log_det);
   void (*affine_f64)(double*, std::int64_t rows, int dim, const double* raw,
                      const std::int64_t* active, int count, double clamp, Clamp, bool inverse,
                      double* log_det);

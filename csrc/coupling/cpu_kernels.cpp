@@ -1,10 +1,11 @@
 // The fused flow: compiled once per SIMD level.
 //
 // A thread owns some rows and takes them through the whole flow. For each coupling, a tile of rows
-// goes through the MLP: hidden layers are computed a chunk at a time and the last layer consumes each
-// chunk at once, so hidden activations live in L1 (L2 for the inner layers of deep MLPs). Vectors run
-// along a layer's outputs, so one row is as good as a thousand and every row may have its own
-// condition. Every sum is made in the same order whatever the tile, so results do not depend on it.
+// goes through the MLP: hidden layers are computed a chunk at a time and the last layer consumes
+// each chunk at once, so hidden activations live in L1 (L2 for the inner layers of deep MLPs).
+// Vectors run along a layer's outputs, so one row is as good as a thousand and every row may have
+// its own condition. Every sum is made in the same order whatever the tile, so results do not
+// depend on it.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -74,7 +75,10 @@ struct Bf16 {
 
 // Rows that one register tile holds, by vectors per block: accumulators fill the registers.
 template <int NB>
-constexpr int kRows = FASTHYP_SIMD_BYTES == 64 ? (NB == 3 ? 8 : 12) : (NB == 3 ? 4 : NB == 2 ? 6 : 8);
+constexpr int kRows = FASTHYP_SIMD_BYTES == 64 ? (NB == 3 ? 8 : 12)
+                                               : (NB == 3   ? 4
+                                                  : NB == 2 ? 6
+                                                            : 8);
 
 constexpr int kTile = 48;  // rows; a multiple of every kRows
 
@@ -161,9 +165,12 @@ void block_rows(const Block<P>& b, int rows) {
 template <class P, Store kStore>
 void block_rows(const Block<P>& b, int vectors, int rows) {
   switch (vectors) {
-    case 1: return block_rows<P, 1, kStore>(b, rows);
-    case 2: return block_rows<P, 2, kStore>(b, rows);
-    default: return block_rows<P, 3, kStore>(b, rows);
+    case 1:
+      return block_rows<P, 1, kStore>(b, rows);
+    case 2:
+      return block_rows<P, 2, kStore>(b, rows);
+    default:
+      return block_rows<P, 3, kStore>(b, rows);
   }
 }
 
@@ -220,7 +227,8 @@ class Mlp {
         output = std::max<std::ptrdiff_t>(output, c.layers.back().out_padded());
         for (std::size_t l = 0; l < c.layers.size(); ++l) {
           block = std::max<std::ptrdiff_t>(block, c.layers[l].block);
-          if (l + 2 < c.layers.size()) inner = std::max<std::ptrdiff_t>(inner, c.layers[l].out_padded());
+          if (l + 2 < c.layers.size())
+            inner = std::max<std::ptrdiff_t>(inner, c.layers[l].out_padded());
           if (l > 0) chunk = std::max<std::ptrdiff_t>(chunk, c.layers[l].chunk);
         }
       }
@@ -296,7 +304,8 @@ class Mlp {
  private:
   // Block b of a layer over stored inputs [k, k + inputs), the condition counted.
   Block<P> arguments(const Layer& l, int b, int k, int inputs) const {
-    const std::int64_t stored = l.in_padded + (&l == coupling_->layers.data() ? coupling_->cond_padded : 0);
+    const std::int64_t stored =
+        l.in_padded + (&l == coupling_->layers.data() ? coupling_->cond_padded : 0);
     Block<P> block{};
     block.w = reinterpret_cast<const In*>(packed_ + l.weight) + (b * stored + k) * l.block;
     block.inputs = inputs;
@@ -310,8 +319,8 @@ class Mlp {
   }
 
   // out (+)= stored inputs [begin, end) of block b, chunk by chunk; starts from the bias or init.
-  void sum_chunks(const Layer& l, int b, int begin, int end, const In* in, std::ptrdiff_t ld, int rows,
-                  bool from_bias, const S* const* init, S* out, std::ptrdiff_t ldo) {
+  void sum_chunks(const Layer& l, int b, int begin, int end, const In* in, std::ptrdiff_t ld,
+                  int rows, bool from_bias, const S* const* init, S* out, std::ptrdiff_t ldo) {
     for (int k = begin; k < end; k += l.chunk) {
       Block<P> block = arguments(l, b, k, std::min(l.chunk, end - k));
       block.x = in + (k - begin);
@@ -342,7 +351,8 @@ class Mlp {
     }
     const bool from_hoisted = cond > 0;
     const S* const* init = from_hoisted ? hoisted : nullptr;
-    if (l.in_padded == 0) {  // a first layer that reads nothing but the condition, or nothing at all
+    if (l.in_padded ==
+        0) {  // a first layer that reads nothing but the condition, or nothing at all
       for (int r = 0; r < rows; ++r) {
         const S* from = from_hoisted ? hoisted[r] + coupling_->hoisted
                                      : reinterpret_cast<const S*>(packed_ + l.bias);
@@ -409,15 +419,15 @@ T sum_lanes(const T* lanes) {
   return v[0];
 }
 
-// One row: values x (count) with raw [s | t]; sums gets the log-scales. Both arrays can be read, and x
-// written, up to the next multiple of 16 numbers.
+// One row: values x (count) with raw [s | t]; sums gets the log-scales. Both arrays can be read,
+// and x written, up to the next multiple of 16 numbers.
 template <class T>
 FASTHYP_INLINE void couple_row(T* x, const T* raw, int count, T clamp, coupling::Clamp kind,
                                bool inverse, T* sums) {
   constexpr int W = kLanes<T>;
   for (int i = 0; i < count; i += W) {
-    const auto valid = lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(count - i) +
-                                             IntVec<T>{};
+    const auto valid =
+        lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(count - i) + IntVec<T>{};
     const Vec<T> s = select<T>(valid, soft_clamp<T>(load<T>(raw + i), clamp, kind), splat<T>(0));
     const Vec<T> t = load<T>(raw + count + i), v = load<T>(x + i);
     store<T>(x + i, inverse ? (v - t) * exp<T>(-s) : fma(v, exp<T>(s), t));
@@ -476,20 +486,23 @@ class FlowRows {
     const int count = static_cast<int>(flow_.couplings.size());
     for (int i = 0; i < count; ++i) {
       const Coupling& c = flow_.couplings[call_.inverse ? count - 1 - i : i];
-      for (int r = 0; r < rows; r += kTile) couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
+      for (int r = 0; r < rows; r += kTile)
+        couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
     }
     store_state(first, rows);
   }
 
   void couple_tile(Mlp<P>& mlp, const Coupling& c, std::int64_t first, int row, int rows) {
     const int cond = job_.hoisted ? 0 : c.cond_padded;
-    const int passive = static_cast<int>(c.passive.size()), active = static_cast<int>(c.active.size());
+    const int passive = static_cast<int>(c.passive.size()),
+              active = static_cast<int>(c.active.size());
     const int* slots = c.passive.data();
     for (int r = 0; r < rows; ++r) {
       In* x = mlp.x + r * mlp.ldx();
       const S* state = state_ + (row + r) * flow_.dim;
       if (cond > 0) {
-        const S* given = static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
+        const S* given =
+            static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
         for (int k = 0; k < flow_.cond_dim; ++k) x[k] = P::convert(given[k]);
         std::fill(x + flow_.cond_dim, x + cond, In(0));
       }
@@ -538,7 +551,8 @@ class FlowRows {
     S squares = 0;
     for (int k = 0; k < noise; ++k) squares += z[k] * z[k];
     if (call_.fixed_dims > 0)
-      std::copy_n(static_cast<const S*>(call_.fixed) + image * call_.fixed_dims, call_.fixed_dims, z + noise);
+      std::copy_n(static_cast<const S*>(call_.fixed) + image * call_.fixed_dims, call_.fixed_dims,
+                  z + noise);
     return S(-0.5) * squares - static_cast<S>(noise * 0.91893853320467274178);  // ln sqrt(2 pi)
   }
 
@@ -600,8 +614,8 @@ void hoist(const Flow& flow, const std::byte* packed, const void* cond, std::int
 }
 
 template <class T>
-void affine(T* state, std::int64_t rows, int dim, const T* raw, const std::int64_t* active, int count,
-            double clamp, coupling::Clamp kind, bool inverse, T* log_det) {
+void affine(T* state, std::int64_t rows, int dim, const T* raw, const std::int64_t* active,
+            int count, double clamp, coupling::Clamp kind, bool inverse, T* log_det) {
   thread_local Scratch scratch;
   const int room = (count + 2 * kSumLanes) / kSumLanes * kSumLanes;
   scratch.reserve(Scratch::bytes<T>(room) + Scratch::bytes<T>(2 * room));

@@ -11,12 +11,17 @@ template <class T>
 FASTHYP_INLINE Vec<T> soft_clamp(Vec<T> raw, T clamp, coupling::Clamp kind) {
   const Vec<T> c = splat<T>(clamp);
   switch (kind) {
-    case coupling::Clamp::atan: return c * (splat<T>(T(0.636)) * atan<T>(raw));
-    case coupling::Clamp::atan_scaled: return c * (splat<T>(T(0.636)) * atan<T>(raw / c));
-    case coupling::Clamp::tanh: return c * tanh<T>(raw);
+    case coupling::Clamp::atan:
+      return c * (splat<T>(T(0.636)) * atan<T>(raw));
+    case coupling::Clamp::atan_scaled:
+      return c * (splat<T>(T(0.636)) * atan<T>(raw / c));
+    case coupling::Clamp::tanh:
+      return c * tanh<T>(raw);
     // 2 (sigmoid(u) - 1/2) = tanh(u / 2), without the cancellation
-    case coupling::Clamp::sigmoid: return c * tanh<T>(splat<T>(T(0.5)) * raw);
-    case coupling::Clamp::none: break;
+    case coupling::Clamp::sigmoid:
+      return c * tanh<T>(splat<T>(T(0.5)) * raw);
+    case coupling::Clamp::none:
+      break;
   }
   return raw;
 }
@@ -25,10 +30,14 @@ template <class T>
 FASTHYP_INLINE Vec<T> activate(Vec<T> x, coupling::Activation kind, T slope) {
   const Vec<T> zero = splat<T>(0), half = splat<T>(T(0.5)), one = splat<T>(1);
   switch (kind) {
-    case coupling::Activation::relu: return select<T>(x < zero, zero, x);  // keeps NaN
-    case coupling::Activation::leaky_relu: return select<T>(x < zero, x * splat<T>(slope), x);
-    case coupling::Activation::silu: return x * sigmoid<T>(x);
-    case coupling::Activation::tanh: return tanh<T>(x);
+    case coupling::Activation::relu:
+      return select<T>(x < zero, zero, x);  // keeps NaN
+    case coupling::Activation::leaky_relu:
+      return select<T>(x < zero, x * splat<T>(slope), x);
+    case coupling::Activation::silu:
+      return x * sigmoid<T>(x);
+    case coupling::Activation::tanh:
+      return tanh<T>(x);
     case coupling::Activation::gelu:
       return half * x * (one + erf<T>(x * splat<T>(T(0.70710678118654752))));
     case coupling::Activation::gelu_tanh: {

@@ -80,7 +80,9 @@ class PackedFlow:
         for i, layer in enumerate(layers):
             inputs = len(layer.passive) + len(layer.cond)
             for j, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
-                if weight.shape[1] != inputs or (bias is not None and bias.shape != weight.shape[:1]):
+                if weight.shape[1] != inputs or (
+                    bias is not None and bias.shape != weight.shape[:1]
+                ):
                     shape = None if bias is None else tuple(bias.shape)
                     raise ValueError(
                         f"layers[{i}]: linear {j}: expected a weight (out, {inputs}) and a bias "
@@ -176,7 +178,9 @@ def _signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _check(plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int, dtype: torch.dtype) -> None:
+def _check(
+    plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int, dtype: torch.dtype
+) -> None:
     """Everything the kernel takes on trust."""
     if plan.dtype != torch.int64 or plan.dim() != 1 or not plan.is_contiguous() or len(plan) < 5:
         raise ValueError("plan: expected a contiguous one-dimensional int64 tensor")
@@ -302,7 +306,12 @@ def _sample_fake(
 
 
 def _affine_cpu(
-    state: Tensor, raw: Tensor, active: list[int], clamp: float, clamp_activation: int, inverse: bool
+    state: Tensor,
+    raw: Tensor,
+    active: list[int],
+    clamp: float,
+    clamp_activation: int,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     if state.dtype not in (torch.float32, torch.float64) or raw.dtype != state.dtype:
         raise TypeError(
@@ -318,13 +327,19 @@ def _affine_cpu(
     raw = raw.contiguous()
     _C.coupling_affine(
         *(out.data_ptr(), out.shape[0], out.shape[1], raw.data_ptr(), out.dtype == torch.float64),
-        *(active, clamp, clamp_activation, inverse, log_det.data_ptr(), num_threads()),
+        active,
+        *(clamp, clamp_activation, inverse, log_det.data_ptr(), num_threads()),
     )
     return out, log_det
 
 
 def _affine_fake(
-    state: Tensor, raw: Tensor, active: list[int], clamp: float, clamp_activation: int, inverse: bool
+    state: Tensor,
+    raw: Tensor,
+    active: list[int],
+    clamp: float,
+    clamp_activation: int,
+    inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     return state.new_empty(state.shape), state.new_empty(state.shape[:1])
 

@@ -1,0 +1,95 @@
+"""The compiled kernels. Addresses are ``Tensor.data_ptr()``; ``fasthyp.ops`` checks what they hold."""
+
+from collections.abc import Sequence
+
+version: str
+cuda_archs: str | None
+
+def simd_levels() -> list[str]: ...
+def simd_level() -> str: ...
+def set_simd_level(name: str) -> None: ...
+
+def cuda_device_count() -> int: ...
+
+class PlanInfo:
+    @property
+    def packed_bytes(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
+    @property
+    def cond_dim(self) -> int: ...
+    @property
+    def is_double(self) -> bool: ...
+
+def coupling_plan_info(plan: Sequence[int]) -> PlanInfo: ...
+def coupling_lanes(element: int) -> int: ...
+def coupling_pack(
+    plan: int,
+    plan_size: int,
+    index: int,
+    layer: int,
+    weight: int,
+    bias: int,
+    cond_columns: Sequence[int],
+    packed: int,
+) -> None: ...
+def coupling_run(
+    plan: int,
+    plan_size: int,
+    packed: int,
+    packed_bytes: int,
+    inverse: bool,
+    images: int,
+    per_image: int,
+    input: int,
+    cond: int,
+    output: int,
+    log_det: int,
+    threads: int,
+    seed: int,
+    image_offset: int,
+    fixed: int,
+    fixed_dims: int,
+    include_mode: bool,
+) -> None: ...
+def coupling_affine(
+    state: int,
+    rows: int,
+    dim: int,
+    raw: int,
+    is_double: bool,
+    active: Sequence[int],
+    clamp: float,
+    clamp_activation: int,
+    inverse: bool,
+    log_det: int,
+    threads: int,
+) -> None: ...
+def gaussian_fit_run(
+    heatmaps: int,
+    is_double: bool,
+    count: int,
+    height: int,
+    width: int,
+    init: int,
+    init_size: int,
+    max_iter: int,
+    tol: float,
+    scalars: int,
+    mean: int,
+    covariance: int,
+    converged: int,
+    iterations: int,
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
+def philox_normal(
+    out: int,
+    images: int,
+    per_image: int,
+    dim: int,
+    seed: int,
+    image_offset: int,
+    threads: int,
+) -> None: ...
+def philox4x32(counter: Sequence[int], key0: int, key1: int) -> list[int]: ...
