@@ -56,3 +56,8 @@ def address(tensor: Tensor | None) -> int:
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
+
+
+def current_stream(device: int) -> int:
+    """PyTorch's current CUDA stream on that device, as an address."""
+    return torch._C._cuda_getCurrentRawStream(device)

@@ -1,0 +1,27 @@
+// The CUDA runtime as the rest of the project sees it; needs no CUDA header.
+#pragma once
+
+#include <string>
+
+namespace fasthyp {
+
+// CUDA devices that this process can use; 0 where there is no driver or no device.
+int cuda_device_count();
+
+// Throws std::runtime_error for a CUDA error code other than 0: what was done, on which device,
+// what went wrong, and which architectures the kernels were built for.
+void check_cuda(int error, const std::string& what, int device);
+
+// Makes a device current, and the one before it again at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = -1;
+};
+
+}  // namespace fasthyp

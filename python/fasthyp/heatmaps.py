@@ -1,0 +1,128 @@
+"""Detector heatmaps: Gaussian fits and maxima.
+
+Coordinates are (x, y) in cells, x to the right and y down; the centre of the cell in row i and
+column j is (j, i).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasthyp import _C, _environment
+from fasthyp.ops import gaussian_fit as ops
+from fasthyp.reference import gaussian_fit as reference
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class GaussianFit(NamedTuple):
+    """One Gaussian per heatmap; the shapes leave out the heatmaps' leading dimensions ``...``.
+
+    The model is ``A exp(-(u^2 / (2 sigma_x^2) + v^2 / (2 sigma_y^2)))`` with
+    ``u = cos(theta) (x - mean_x) - sin(theta) (y - mean_y)`` and
+    ``v = sin(theta) (x - mean_x) + cos(theta) (y - mean_y)``.
+
+    Attributes:
+        amplitude: (...) A, in units of the heatmap.
+        mean: (..., 2) x, y in cells.
+        sigma_x: (...) standard deviation in cells along the principal axis nearer the x axis.
+        sigma_y: (...) standard deviation in cells along the other one.
+        theta: (...) in [0, pi): the first axis is (cos(theta), -sin(theta)).
+        covariance: (..., 2, 2) cells squared, in image axes (x right, y down).
+        rmse: (...) root mean square residual over all cells; NaN where the map is not finite.
+        converged: (...) bool. False where there is nothing to fit (a constant map, NaN or infinity
+            in the map or in its start), where ``max_iter`` was reached, and where the minimum is
+            no blob in this map (a standard deviation beyond two map sides, a centre more than a
+            side outside). All other fields then hold the initial guess.
+        iterations: (...) int32, steps tried.
+    """
+
+    amplitude: Tensor
+    mean: Tensor
+    sigma_x: Tensor
+    sigma_y: Tensor
+    theta: Tensor
+    covariance: Tensor
+    rmse: Tensor
+    converged: Tensor
+    iterations: Tensor
+
+
+def fit_gaussians(
+    heatmaps: Tensor, init: Tensor | None = None, max_iter: int = 100, tol: float = 1e-8
+) -> GaussianFit:
+    """Fits one rotated Gaussian to each heatmap by least squares over all its cells.
+
+    Model and default start are those of Wehrbein et al., "Probabilistic Monocular 3D Human Pose
+    Estimation with Normalizing Flows", ICCV 2021 (``fit_single_gaussian`` of their code):
+    amplitude = maximum, mean = its place, both standard deviations 2, angle 0. The minimum is
+    the one that ``scipy.optimize.curve_fit`` finds from that start, to its tolerance.
+    Levenberg-Marquardt with an analytic Jacobian in coordinates in which the current Gaussian is
+    round. Computes in float64; the result does not depend on the number of threads.
+
+    The fit has no gradient: ``heatmaps`` and ``init`` are detached.
+
+    Args:
+        heatmaps: (..., H, W) float32 or float64 on a CPU or CUDA device, usually (B, J, H, W);
+            at least 6 cells a map. float16 and bfloat16 are converted to float32.
+        init: starting means (..., 2) as x, y, or whole starts (..., 6) as amplitude, x, y, sigma_x,
+            theta, sigma_y.
+        max_iter: most steps to try.
+        tol: stops when a step would lower the sum of squared residuals by less than this part.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: a shape, device or value does not fit. One bad map is no error: it comes back
+            with ``converged=False``.
+    """
+    if isinstance(heatmaps, Tensor) and heatmaps.dtype in _HALF:
+        heatmaps = heatmaps.float()
+    if isinstance(init, Tensor) and init.dtype in _HALF:
+        init = init.float()
+    ops.check_tensors(heatmaps, init)
+    _check_number("max_iter", max_iter, int, 1, 1_000_000)
+    _check_number("tol", tol, float, 0.0, 1.0)
+    heatmaps = heatmaps.detach()
+    init = None if init is None else init.detach()
+    fit = ops.fit_gaussians if _has_kernel(heatmaps) else reference.fit_gaussians
+    scalars, mean, covariance, converged, iterations = fit(heatmaps, init, max_iter, tol)
+    amplitude, sigma_x, sigma_y, theta, rmse = scalars.unbind(0)
+    return GaussianFit(
+        amplitude, mean, sigma_x, sigma_y, theta, covariance, rmse, converged, iterations
+    )
+
+
+def heatmap_argmax(heatmaps: Tensor) -> Tensor:
+    """Where each heatmap (..., H, W) is highest, first place in row order: (..., 2) as x, y in
+    cells, in the heatmaps' dtype.
+
+    Raises:
+        TypeError: not a tensor of a floating dtype.
+        ValueError: fewer than two dimensions, or maps without cells.
+    """
+    if not isinstance(heatmaps, Tensor) or not heatmaps.is_floating_point():
+        got = heatmaps.dtype if isinstance(heatmaps, Tensor) else type(heatmaps).__name__
+        raise TypeError(f"heatmaps: expected a tensor of a floating dtype, got {got}")
+    if heatmaps.ndim < 2 or 0 in heatmaps.shape[-2:]:
+        raise ValueError(f"heatmaps: expected shape (..., H, W), got {tuple(heatmaps.shape)}")
+    place = heatmaps.flatten(-2).argmax(-1)
+    width = heatmaps.shape[-1]
+    return torch.stack([place % width, place // width], -1).to(heatmaps.dtype)
+
+
+def _has_kernel(heatmaps: Tensor) -> bool:
+    if _environment.backend() == "reference":
+        return False
+    kind = heatmaps.device.type
+    return kind == "cpu" or (kind == "cuda" and _C.cuda_archs is not None)
+
+
+def _check_number(name: str, value: float, kind: type, low: float, high: float) -> None:
+    allowed = int if kind is int else (int, float)
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
