@@ -98,19 +98,20 @@ def flow_inverse(
 def subnet(layer: CouplingLayer, state: Tensor, cond: Tensor | None) -> Tensor:
     """What the layer's subnet says about a state (B, M, D): raw [s | t], (B, M, 2 * active)."""
     passive = state.index_select(-1, _index(layer.passive, state.device))
-    columns = None
+    split, columns = len(layer.passive), None
     if layer.cond:
         assert cond is not None
         columns = cond.index_select(-1, _index(layer.cond, cond.device))
+    # One product of [passive, cond] where there is nothing to share: an opaque subnet, or a single
+    # hypothesis per image, which then rounds exactly as the code that is replaced.
+    if columns is not None and (layer.module is not None or state.shape[1] == 1):
+        repeated = columns[:, None].expand(-1, passive.shape[1], -1)
+        passive, columns = torch.cat([passive, repeated], -1), None
     if layer.module is not None:
-        if columns is not None:
-            repeated = columns[:, None].expand(-1, passive.shape[1], -1)
-            passive = torch.cat([passive, repeated], -1)
         rows = layer.module(passive.reshape(-1, passive.shape[-1]))
         return rows.reshape(*state.shape[:-1], rows.shape[-1])
 
     weight, bias = layer.weights[0], layer.biases[0]
-    split = len(layer.passive)
     if columns is None:
         hidden = F.linear(passive, weight, bias)
     else:

@@ -1,0 +1,157 @@
+"""Shared by the tests: the golden data and the flows that it describes.
+
+The golden files hold inputs and outputs of the official implementations: ``in/`` inputs, ``sd/``
+weights, ``out/`` their float32 results, ``out64/`` the same in float64; ``grad/``, ``ginv/`` (and
+``64``) gradients of the forward and of the inverse direction. A selection lies in ``tests/golden``;
+where the environment variable ``FASTHYP_GOLDEN`` names one or more folders (separated by ``:``),
+the tests run over the files there too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import FrEIA.framework as ff
+import FrEIA.modules as fm
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_files(pattern: str) -> list[Any]:
+    """The golden files that match a glob pattern, as pytest parameters."""
+    folders = [GOLDEN, *map(Path, filter(None, os.environ.get("FASTHYP_GOLDEN", "").split(":")))]
+    found = [path for folder in folders for path in sorted(folder.glob(pattern))]
+    assert found, f"no golden file {pattern} in {folders}"
+    return [pytest.param(path, id=f"{path.parent.name}/{path.stem}") for path in found]
+
+
+class Golden:
+    """One golden file: ``g["out/z"]`` is a tensor, ``g.meta`` what is known about it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = np.load(path)
+        self.names: list[str] = self._data.files
+        self.meta: dict[str, Any] = json.loads(str(self._data["meta"]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.from_numpy(self._data[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, under the keys of the official code."""
+        return {name[3:]: self[name] for name in self.names if name.startswith("sd/")}
+
+    def glow(self) -> ff.GraphINN:
+        """The FrEIA flow that made the file, in eval mode: blocks and permutations in turn."""
+        weights, meta = self.state_dict(), self.meta
+        nodes = [ff.InputNode(meta["dim"], name="input")]
+        conditions = [ff.ConditionNode(c, name=f"cond{i}") for i, c in enumerate(meta["cond_dims"])]
+        # humr_small-like files leave some settings out: FrEIA's defaults
+        settings = {k: meta[k] for k in ("clamp", "clamp_activation", "split_len") if meta.get(k)}
+        for k in range(meta["blocks"]):
+            subnets = iter(
+                [
+                    _mlp(weights, f"module_list.{2 * k}.subnet1."),
+                    _mlp(weights, f"module_list.{2 * k}.subnet2."),
+                ]
+            )
+            arguments = {**settings, "subnet_constructor": lambda _i, _o, s=subnets: next(s)}
+            nodes.append(ff.Node(nodes[-1], fm.GLOWCouplingBlock, arguments, conditions))
+            nodes.append(ff.Node(nodes[-1], fm.PermuteRandom, {"seed": k}))
+        nodes.append(ff.OutputNode(nodes[-1], name="output"))
+        net = ff.GraphINN([*nodes, *conditions])
+        net.load_state_dict(weights)
+        return net.eval()
+
+
+def _mlp(weights: dict[str, Tensor], prefix: str) -> nn.Sequential:
+    """Linear layers at the places that the keys give; ReLU, after Dropout(0), between them."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.weight")
+    places = sorted(int(m[1]) for key in weights if (m := pattern.fullmatch(key)))
+    parts: list[nn.Module] = []
+    for place in places:
+        if parts:
+            parts += [nn.Dropout(0.0)] * (place - len(parts) - 1) + [nn.ReLU()]
+        outputs, inputs = weights[f"{prefix}{place}.weight"].shape
+        parts.append(nn.Linear(inputs, outputs))
+    return nn.Sequential(*parts)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_freia() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="ReversibleGraphNet", category=DeprecationWarning)
+        yield
+
+
+def random_flow(
+    dim: int,
+    cond_dims: tuple[int, ...] = (),
+    blocks: int = 4,
+    hidden: int = 32,
+    framework: Any = ff,
+    modules: Any = fm,
+    graph: str = "GraphINN",
+    subnet: Any = None,
+    spread: float = 2.0,
+    **settings: Any,
+) -> Any:
+    """A flow of ``blocks`` GLOW couplings and permutations with random weights, in eval mode.
+
+    ``framework`` and ``modules`` are FrEIA's or ``fasthyp.flows``; ``spread`` scales the last
+    layers, so that the clamps are at work.
+    """
+
+    def mlp(inputs: int, outputs: int) -> nn.Module:
+        parts = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        with torch.no_grad():
+            parts[2].weight.mul_(spread)
+        return parts
+
+    settings = {"subnet_constructor": subnet or mlp, **settings}
+    if graph == "SequenceINN":
+        net = framework.SequenceINN(dim)
+        for k in range(blocks):
+            place = k % len(cond_dims) if cond_dims else None
+            shape = None if place is None else (cond_dims[place],)
+            net.append(modules.GLOWCouplingBlock, cond=place, cond_shape=shape, **settings)
+            net.append(modules.PermuteRandom, seed=k)
+        return net.eval()
+    nodes = [framework.InputNode(dim, name="input")]
+    conditions = [framework.ConditionNode(c, name=f"cond{i}") for i, c in enumerate(cond_dims)]
+    for k in range(blocks):
+        nodes.append(
+            framework.Node(nodes[-1], modules.GLOWCouplingBlock, dict(settings), conditions)
+        )
+        nodes.append(framework.Node(nodes[-1], modules.PermuteRandom, {"seed": k}))
+    nodes.append(framework.OutputNode(nodes[-1], name="output"))
+    return getattr(framework, graph)([*nodes, *conditions]).eval()
+
+
+def max_error(value: Tensor, exact: Tensor) -> float:
+    """Largest absolute deviation."""
+    difference = (value.double() - exact.double()).detach().abs()
+    return float(difference.max()) if value.numel() else 0.0
+
+
+def assert_as_good_as(value: Tensor, peer: Tensor, exact: Tensor, name: str = "") -> None:
+    """The float32 ``value`` deviates from the float64 ``exact`` at most twice as much as ``peer``
+    does; a few roundings of the largest element are always allowed, as a peer may be lucky."""
+    assert value.shape == exact.shape, name
+    assert value.dtype == peer.dtype, name
+    floor = 8 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+    allowed = max(2.0 * max_error(peer, exact), floor)
+    assert max_error(value, exact) <= allowed, (
+        f"{name}: error {max_error(value, exact):.2e}, peer {max_error(peer, exact):.2e}, "
+        f"allowed {allowed:.2e}"
+    )
