@@ -1,0 +1,372 @@
+"""Simulated detector: 3D poses seen by random cameras, as the Gaussians a heatmap fit returns.
+
+Everything is vectorised over the batch and drawn from one ``torch.Generator``, so a seed fixes the
+batch. The 2D statistics (standard deviation per joint state, amplitude, anisotropy along the limb,
+true error for a given standard deviation) follow rotated-Gaussian fits to real 64x64 heatmaps of a
+sigmoid-output detector, measured on photographs with human 2D labels; see the model card.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasthyp.skeleton import COCO13_MIRROR, COCO13_PARENTS
+
+GRID = 64
+VISIBLE, HIDDEN, OUTSIDE = 0, 1, 2
+
+# Fitted std in cells: floor + median * exp(spread * n), per joint where visible, else per state.
+_FLOOR = 1.0
+_VISIBLE_MEDIAN = (0.19, 0.35, 0.35, 0.32, 0.32, 0.22, 0.22, 0.44, 0.44, 0.33, 0.33, 0.26, 0.26)
+_STATE_SPREAD = (0.80, 0.98, 0.75)
+_HIDDEN_MEDIAN, _OUTSIDE_MEDIAN = 1.25, 2.75
+_MAX_STD = 10.0
+# Amplitude of the fit: the wider, the lower.
+_AMPLITUDE, _AMPLITUDE_SPREAD = 1.27, 0.13
+# Spread of log(major / minor) per state, and of the major axis about the limb (radians).
+_ELONGATION = (0.24, 0.50, 0.65)
+_AXIS_SPREAD = (0.30, 0.55, 0.60)
+# True error as a multiple of the fitted std: narrow maps are wider than their error, broad ones
+# narrower. A share of joints are outliers of several times that.
+_ERROR_STD = (1.2, 2.0, 2.6, 3.7, 5.3)
+_ERROR_RATIO = (0.58, 0.62, 0.85, 1.05, 1.2)
+_OUTLIER_SHARE, _OUTLIER_FACTOR = 0.04, 4.0
+# How often a joint is hidden though inside the picture.
+_HIDDEN_RATE = (0.0, 0.0, 0.0, 0.32, 0.32, 0.34, 0.34, 0.0, 0.0, 0.32, 0.32, 0.28, 0.28)
+# A detector that does not see a joint pulls it towards its parent (lower bound of the factor).
+_PULL = (1.0, 0.85, 0.55)
+
+_LEFT_ARM, _RIGHT_ARM = (1, 3, 5), (2, 4, 6)
+_LEFT_LEG, _RIGHT_LEG = (7, 9, 11), (8, 10, 12)
+_UPPER = (0, 1, 2, 3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """Ranges of the random cameras and of the pose augmentation.
+
+    Attributes:
+        elevation_deg: mean and standard deviation of the camera's downward tilt.
+        roll_deg: standard deviation of the roll.
+        off_axis_deg: standard deviation of the angle between the person and the optical axis.
+        distance_m: nearest and farthest camera, drawn uniformly in the logarithm.
+        scale_std, limb_std: log-normal spread of the body's size and of each limb's length.
+        joint_deg: spread of the random rotation of each limb segment and of the trunk.
+        head_deg: spread of the random head yaw.
+        mix: chance that the legs, and each arm, come from another frame.
+        noise_mm: isotropic Gaussian noise on the 3D target (after centring, so that the density
+            has full rank).
+        augment: False leaves the skeleton as it is (evaluation); cameras and 2D noise remain.
+    """
+
+    elevation_deg: tuple[float, float] = (6.0, 13.0)
+    roll_deg: float = 5.0
+    off_axis_deg: float = 3.0
+    distance_m: tuple[float, float] = (2.2, 12.0)
+    scale_std: float = 0.06
+    limb_std: float = 0.05
+    joint_deg: float = 7.0
+    head_deg: float = 20.0
+    mix: float = 0.25
+    noise_mm: float = 5.0
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class SimulatedBatch:
+    """B persons: the 3D pose and the Gaussians that a fit to their heatmaps would give.
+
+    Attributes:
+        pose: (B, 13, 3) metres, mid-hip centred, camera axes (x right, y down, z forward), with
+            the configured target noise.
+        clean_pose: (B, 13, 3) the same without that noise.
+        amplitude: (B, 13).
+        mean: (B, 13, 2) x, y in cells of a 64 x 64 heatmap.
+        covariance: (B, 13, 2, 2) cells^2.
+        true_mean: (B, 13, 2) the exact projection.
+        state: (B, 13) 0 visible, 1 hidden, 2 outside the picture.
+    """
+
+    pose: Tensor
+    clean_pose: Tensor
+    amplitude: Tensor
+    mean: Tensor
+    covariance: Tensor
+    true_mean: Tensor
+    state: Tensor
+
+
+def _axis_angle(axis: Tensor, angle: Tensor) -> Tensor:
+    """Rotation matrices (..., 3, 3) about unit axes (..., 3)."""
+    x, y, z = axis.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    sine, cosine = angle.sin()[..., None, None], angle.cos()[..., None, None]
+    return (
+        torch.eye(3, dtype=axis.dtype, device=axis.device)
+        + sine * cross
+        + (1 - cosine) * (cross @ cross)
+    )
+
+
+def _rotate(points: Tensor, rotation: Tensor, pivot: Tensor) -> Tensor:
+    """Rotate (B, K, 3) about (B, 3) by (B, 3, 3)."""
+    return (points - pivot[:, None]) @ rotation.transpose(-1, -2) + pivot[:, None]
+
+
+def mirror(pose: Tensor) -> Tensor:
+    """Reflect poses (..., 13, 3) in the plane x = 0 and exchange left and right joints."""
+    return pose[..., COCO13_MIRROR, :] * pose.new_tensor([-1.0, 1.0, 1.0])
+
+
+def camera_rotation(azimuth: Tensor, elevation: Tensor, roll: Tensor) -> Tensor:
+    """World (z up) to camera (x right, y down, z forward) rotations (..., 3, 3), angles in radians.
+
+    A positive elevation looks down on the person.
+    """
+    zero, one = torch.zeros_like(azimuth), torch.ones_like(azimuth)
+    ca, sa, ce, se = azimuth.cos(), azimuth.sin(), elevation.cos(), elevation.sin()
+    forward = torch.stack([ca * ce, sa * ce, -se], -1)
+    right = torch.stack([sa, -ca, zero], -1)
+    down = torch.cross(forward, right, dim=-1)
+    upright = torch.stack([right, down, forward], -2)
+    cr, sr = roll.cos(), roll.sin()
+    turn = torch.stack([cr, -sr, zero, sr, cr, zero, zero, zero, one], -1).unflatten(-1, (3, 3))
+    return turn @ upright
+
+
+class _Random:
+    """Noise of shape (B, ...) from one generator."""
+
+    def __init__(self, batch: int, generator: torch.Generator, device: torch.device) -> None:
+        self.batch, self.generator, self.device = batch, generator, device
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator, device=self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)
+
+
+class PoseSimulator:
+    """Draws :class:`SimulatedBatch` from motion capture poses.
+
+    Args:
+        poses: (N, 13, 3) metres, mid-hip centred, world axes with z up.
+        config: cameras and augmentation.
+        weights: (N,) relative chance of each frame; uniform by default.
+    """
+
+    def __init__(
+        self,
+        poses: Tensor,
+        config: SimulationConfig | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        if poses.ndim != 3 or poses.shape[1:] != (13, 3) or len(poses) == 0:
+            raise ValueError(f"poses: expected (N, 13, 3) with N > 0, got {tuple(poses.shape)}")
+        if weights is not None and weights.shape != poses.shape[:1]:
+            raise ValueError(f"weights: expected ({len(poses)},), got {tuple(weights.shape)}")
+        self.poses = poses
+        self.config = config or SimulationConfig()
+        self.cumulative = None if weights is None else weights.double().cumsum(0) / weights.sum()
+
+    def to(self, device: torch.device | str) -> PoseSimulator:
+        """Move the poses to ``device``; generators given to `sample` must be there too."""
+        self.poses = self.poses.to(device)
+        if self.cumulative is not None:
+            self.cumulative = self.cumulative.to(device)
+        return self
+
+    def sample(
+        self, batch: int, generator: torch.Generator, index: Tensor | None = None
+    ) -> SimulatedBatch:
+        """Draw ``batch`` persons, or one for each pose in ``index`` (B,)."""
+        if index is None:
+            index = self._draw_index(batch, generator)
+        pose = self.poses[index]
+        if self.config.augment:
+            pose = self._augment(pose, generator)
+        return self._observe(pose, generator)
+
+    def _draw_index(self, batch: int, generator: torch.Generator) -> Tensor:
+        device = self.poses.device
+        if self.cumulative is None:
+            return torch.randint(len(self.poses), (batch,), generator=generator, device=device)
+        chance = torch.rand(batch, generator=generator, device=device, dtype=torch.float64)
+        return torch.searchsorted(self.cumulative, chance).clamp_(max=len(self.poses) - 1)
+
+    def _augment(self, pose: Tensor, generator: torch.Generator) -> Tensor:
+        config, batch = self.config, len(pose)
+        random = _Random(batch, generator, pose.device)
+
+        def yaw_of(axis: Tensor) -> Tensor:
+            return torch.atan2(axis[:, 1], axis[:, 0])
+
+        up = pose.new_tensor([0.0, 0.0, 1.0]).expand(batch, 3)
+
+        # Legs, and each arm, of other frames, turned about the vertical to fit hips or shoulders.
+        pose = pose.clone()
+        sources = ((_LEFT_LEG + _RIGHT_LEG, 8, 7), (_LEFT_ARM, 2, 1), (_RIGHT_ARM, 2, 1))
+        for part, (joints, start, end) in enumerate(sources):
+            other = self.poses[self._draw_index(batch, generator)]
+            turn = yaw_of(pose[:, end] - pose[:, start]) - yaw_of(other[:, end] - other[:, start])
+            other = _rotate(other, _axis_angle(up, turn), torch.zeros_like(up))
+            if part:
+                other = other + (pose[:, joints[:1]] - other[:, joints[:1]])
+            take = random.uniform(1, 1) < config.mix
+            pose[:, joints] = torch.where(take, other[:, joints], pose[:, joints])
+
+        # Random rotations of the trunk, the head and every limb segment.
+        def swing(joints: tuple[int, ...], pivot: Tensor, degrees: float) -> None:
+            vector = random.normal(3) * math.radians(degrees)
+            angle = vector.norm(dim=-1)
+            rotation = _axis_angle(vector / angle.clamp_min(1e-6)[:, None], angle)
+            pose[:, joints] = _rotate(pose[:, joints], rotation, pivot)
+
+        swing(_UPPER, torch.zeros_like(up), config.joint_deg)
+        neck = (pose[:, 1] + pose[:, 2]) / 2
+        trunk = torch.nn.functional.normalize(neck, dim=-1)
+        yaw = random.normal() * math.radians(config.head_deg)
+        pose[:, :1] = _rotate(pose[:, :1], _axis_angle(trunk, yaw), neck)
+        for first, middle, last in (_LEFT_ARM, _RIGHT_ARM, _LEFT_LEG, _RIGHT_LEG):
+            swing((middle, last), pose[:, first].clone(), config.joint_deg)
+            swing((last,), pose[:, middle].clone(), config.joint_deg)
+
+        # Limb lengths, left and right alike: rebuild the tree from scaled bones.
+        factor = (random.normal(8, 1) * config.limb_std).exp().unbind(1)
+        hips, trunk_length, shoulders, head, upper_arm, forearm, thigh, shank = factor
+        neck = (pose[:, 1] + pose[:, 2]) / 2
+        new = torch.empty_like(pose)
+        new_neck = neck * trunk_length
+        new[:, 0] = new_neck + (pose[:, 0] - neck) * head
+        for side in (0, 1):
+            shoulder, elbow, wrist = (_LEFT_ARM, _RIGHT_ARM)[side]
+            hip, knee, ankle = (_LEFT_LEG, _RIGHT_LEG)[side]
+            new[:, shoulder] = new_neck + (pose[:, shoulder] - neck) * shoulders
+            new[:, elbow] = new[:, shoulder] + (pose[:, elbow] - pose[:, shoulder]) * upper_arm
+            new[:, wrist] = new[:, elbow] + (pose[:, wrist] - pose[:, elbow]) * forearm
+            new[:, hip] = pose[:, hip] * hips
+            new[:, knee] = new[:, hip] + (pose[:, knee] - pose[:, hip]) * thigh
+            new[:, ankle] = new[:, knee] + (pose[:, ankle] - pose[:, knee]) * shank
+        new = new * (random.normal(1, 1) * config.scale_std).exp()
+        return torch.where(random.uniform(1, 1) < 0.5, mirror(new), new)
+
+    def _observe(self, pose: Tensor, generator: torch.Generator) -> SimulatedBatch:
+        config = self.config
+        random = _Random(len(pose), generator, pose.device)
+        normal, uniform = random.normal, random.uniform
+
+        # Camera. One in eight looks from well above or below.
+        elevation_mean, elevation_std = config.elevation_deg
+        steep = torch.where(uniform() < 0.125, 2.5, 1.0)
+        rotation = camera_rotation(
+            uniform() * (2 * math.pi),
+            torch.deg2rad(elevation_mean + elevation_std * steep * normal()).clamp(-1.3, 1.3),
+            torch.deg2rad(config.roll_deg * normal()),
+        )
+        clean = pose @ rotation.transpose(-1, -2)
+        near, far = (math.log(limit) for limit in config.distance_m)
+        distance = (near + (far - near) * uniform()).exp()
+        offset = torch.tan(math.radians(config.off_axis_deg) * normal(2)) * distance[:, None]
+        in_camera = clean.clone()
+        in_camera[..., :2] += offset[:, None]
+        in_camera[..., 2] = (in_camera[..., 2] + distance[:, None]).clamp_min(0.5)
+        image = in_camera[..., :2] / in_camera[..., 2:]
+
+        # Crop: mid-hip centred square around the farthest joint, with margin and jitter.
+        image = image - (image[:, 7:8] + image[:, 8:9]) / 2
+        radius = image.norm(dim=-1).amax(-1)
+        margin = (math.log(1.5) + 0.14 * normal()).exp()
+        scale = (GRID / 2) / (margin * radius)
+        centre = GRID / 2 + 0.5 * normal(2)
+        true_mean = image * scale[:, None, None] + centre[:, None]
+
+        state = self._states(clean, true_mean, random)
+        mean, covariance, amplitude = self._fits(true_mean, state, random)
+        noisy = clean + normal(13, 3) * (config.noise_mm / 1000)
+        return SimulatedBatch(noisy, clean, amplitude, mean, covariance, true_mean, state)
+
+    @staticmethod
+    def _states(pose: Tensor, true_mean: Tensor, random: _Random) -> Tensor:
+        """Visible, hidden (likelier behind the trunk and in crowded pictures) or cut off."""
+        normal, uniform = random.normal, random.uniform
+        rate = pose.new_tensor(_HIDDEN_RATE)
+        trunk_depth = pose[:, (1, 2, 7, 8), 2].mean(1, keepdim=True)
+        behind = pose[..., 2] - trunk_depth
+        logit = torch.logit(rate.clamp(1e-4)) - 0.4 + 4.0 * behind + 1.3 * normal(1)
+        hidden = (uniform(13) < logit.sigmoid()) & (rate > 0)
+
+        # The picture's edge: mostly legs cut off at the bottom, sometimes a side or the top.
+        kind = uniform(1)
+        low, high = true_mean[..., 1].amin(1, keepdim=True), true_mean[..., 1].amax(1, keepdim=True)
+        hip = true_mean[:, (7, 8), 1].mean(1, keepdim=True)
+        bottom = hip + (high - hip) * (uniform(1) * 1.05 - 0.1)
+        left, right = (
+            true_mean[..., 0].amin(1, keepdim=True),
+            true_mean[..., 0].amax(1, keepdim=True),
+        )
+        side = left + (right - left) * 0.45 * uniform(1)
+        other_side = right - (right - left) * 0.45 * uniform(1)
+        top = low + (hip - low) * 0.3 * uniform(1)
+        x, y = true_mean.unbind(-1)
+        outside = (
+            ((kind < 0.17) & (y > bottom))
+            | ((kind > 0.17) & (kind < 0.20) & (x < side))
+            | ((kind > 0.20) & (kind < 0.23) & (x > other_side))
+            | ((kind > 0.23) & (kind < 0.24) & (y < top))
+        )
+        state = torch.where(hidden, HIDDEN, VISIBLE)
+        return torch.where(outside, OUTSIDE, state)
+
+    @staticmethod
+    def _fits(true_mean: Tensor, state: Tensor, random: _Random) -> tuple[Tensor, Tensor, Tensor]:
+        """Fitted Gaussians: (B, 13, 2) mean, (B, 13, 2, 2) covariance, (B, 13) amplitude."""
+        normal, uniform, table = random.normal, random.uniform, true_mean.new_tensor
+        visible = table(_VISIBLE_MEDIAN).expand_as(state)
+        median = torch.where(
+            state == VISIBLE, visible, table((0.0, _HIDDEN_MEDIAN, _OUTSIDE_MEDIAN))[state]
+        )
+        std = _FLOOR + median * (table(_STATE_SPREAD)[state] * normal(13)).exp()
+        std = std.clamp(max=_MAX_STD)
+        amplitude = _AMPLITUDE / std * (_AMPLITUDE_SPREAD * normal(13)).exp()
+
+        # Elongated along the limb; nose, shoulders and hips in any direction.
+        limb = true_mean - true_mean[:, (0, *COCO13_PARENTS[1:])]
+        angle = torch.atan2(limb[..., 1], limb[..., 0]) + table(_AXIS_SPREAD)[state] * normal(13)
+        free = torch.tensor([joint in (0, 1, 2, 7, 8) for joint in range(13)], device=state.device)
+        angle = torch.where(free, 2 * math.pi * uniform(13), angle)
+        elongation = (table(_ELONGATION)[state] * normal(13).abs()).clamp(max=1.5)
+        major, minor = std * (elongation / 2).exp(), std * (-elongation / 2).exp()
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        across = torch.stack([-angle.sin(), angle.cos()], -1)
+        covariance = (
+            major.square()[..., None, None] * direction[..., :, None] * direction[..., None, :]
+            + minor.square()[..., None, None] * across[..., :, None] * across[..., None, :]
+        )
+
+        # The error of the centre, distributed like the blob but scaled to what labels show.
+        outlier = torch.where(uniform(13) < _OUTLIER_SHARE, _OUTLIER_FACTOR, 1.0)
+        ratio = _interpolate(std, table(_ERROR_STD), table(_ERROR_RATIO)) * outlier
+        error = ratio[..., None] * (
+            (major * normal(13))[..., None] * direction + (minor * normal(13))[..., None] * across
+        )
+        pull = 1 - (1 - table(_PULL)[state]) * uniform(13)
+        guess = true_mean.clone()
+        for joint in (*_LEFT_ARM[1:], *_RIGHT_ARM[1:], *_LEFT_LEG[1:], *_RIGHT_LEG[1:]):
+            parent = COCO13_PARENTS[joint]
+            step = true_mean[:, joint] - true_mean[:, parent]
+            guess[:, joint] = guess[:, parent] + step * pull[:, joint, None]
+        return guess + error, covariance, amplitude
+
+
+def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear through (knots, values), constant outside."""
+    x = x.clamp(knots[0], knots[-1])
+    upper = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
+    weight = (x - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
+    return values[upper - 1] + weight * (values[upper] - values[upper - 1])

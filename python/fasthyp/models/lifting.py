@@ -1,0 +1,347 @@
+"""2D to 3D lifting with uncertainty: a conditional flow from fitted heatmap Gaussians to poses.
+
+The design follows Wehrbein et al., "Probabilistic Monocular 3D Human Pose Estimation with
+Normalizing Flows" (ICCV 2021, sections 3.1 and 3.3: eight GLOW coupling blocks conditioned on the
+Gaussians fitted to a 2D detector's heatmaps), trained by maximum likelihood on all 39 numbers of a
+pose. Data, recipe and measured figures are in the model card, ``docs/models/lifting.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import FrEIA.framework as Ff
+import FrEIA.modules as Fm
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fasthyp._files import replacing
+from fasthyp.skeleton import COCO13_JOINTS
+
+JOINTS = len(COCO13_JOINTS)
+DIMS = 3 * JOINTS
+FEATURES = 6 * JOINTS
+CLAMP = 2.0
+"""The soft clamp of the coupling blocks' log-scales, as in the ICCV 2021 code."""
+
+_GRID = 64.0
+_CONFIG_KEYS = ("blocks", "cond_dim", "cond_hidden", "hidden")
+
+
+def _flow(hidden: int, blocks: int, cond_dim: int) -> Ff.GraphINN:
+    def subnet(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+    condition = Ff.ConditionNode(cond_dim, name="condition")
+    nodes: list[Any] = [Ff.InputNode(DIMS, name="pose")]
+    # PermuteRandom reseeds NumPy's global generator: leave the caller's as it was.
+    random_state = np.random.get_state()  # noqa: NPY002
+    try:
+        for block in range(blocks):
+            options = {"subnet_constructor": subnet, "clamp": CLAMP}
+            nodes.append(Ff.Node(nodes[-1], Fm.GLOWCouplingBlock, options, conditions=condition))
+            nodes.append(Ff.Node(nodes[-1], Fm.PermuteRandom, {"seed": block}))
+        nodes.append(Ff.OutputNode(nodes[-1]))
+        return Ff.GraphINN([*nodes, condition])
+    finally:
+        np.random.set_state(random_state)  # noqa: NPY002
+
+
+def bone_basis() -> Tensor:
+    """(39, 39) matrix taking the 13 joints of a pose to mid-hip, trunk, girdles and bones.
+
+    An invertible linear map: the mid-hip, half the hip and shoulder vectors, the trunk, the head
+    and the eight limb segments. Fewer of these directions are coupled than joint positions are.
+    """
+    rows = torch.zeros(JOINTS, JOINTS, dtype=torch.float64)
+    halves = {1: (1, 2), 7: (7, 8)}  # left shoulder, left hip: half the vector across
+    for left, (first, second) in halves.items():
+        rows[left, first], rows[left, second] = 0.5, -0.5
+    rows[8, 7] = rows[8, 8] = 0.5  # mid-hip
+    rows[2, 1] = rows[2, 2] = 0.5  # trunk: mid-shoulder from mid-hip
+    rows[2, 7] = rows[2, 8] = -0.5
+    rows[0, 0], rows[0, 1], rows[0, 2] = 1.0, -0.5, -0.5  # head from mid-shoulder
+    for joint in (3, 4, 5, 6, 9, 10, 11, 12):
+        rows[joint, joint], rows[joint, joint - 2] = 1.0, -1.0
+    return torch.kron(rows, torch.eye(3, dtype=torch.float64))
+
+
+class LiftingFlow(nn.Module):
+    """Distribution of the 13 COCO body joints in 3D, given the Gaussians of their 2D heatmaps.
+
+    Poses are in metres, mid-hip centred, in camera axes (x right, y down, z forward).
+
+    Args:
+        hidden: width of the two-layer ReLU subnets.
+        blocks: number of GLOW coupling blocks, each followed by a fixed permutation.
+        cond_dim: width of the condition that the blocks see.
+        cond_hidden: width of the hidden layer of the condition's MLP.
+
+    Attributes:
+        flow: the ``GraphINN`` over standardised poses; its forward direction takes a pose to a
+            latent, ``rev=True`` a latent to a pose.
+        joint_names: the 13 joints in order.
+    """
+
+    joint_names: tuple[str, ...] = COCO13_JOINTS
+    whiten: Tensor
+    unwhiten: Tensor
+    centre: Tensor
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self, hidden: int = 1024, blocks: int = 8, cond_dim: int = 56, cond_hidden: int = 256
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "hidden": hidden,
+            "blocks": blocks,
+            "cond_dim": cond_dim,
+            "cond_hidden": cond_hidden,
+        }
+        for name, value in self.config.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        self.flow = _flow(hidden, blocks, cond_dim)
+        self.condition_net = nn.Sequential(
+            nn.Linear(FEATURES, cond_hidden), nn.ReLU(), nn.Linear(cond_hidden, cond_dim)
+        )
+        self.register_buffer("centre", torch.zeros(DIMS))
+        self.register_buffer("whiten", torch.eye(DIMS))
+        self.register_buffer("unwhiten", torch.eye(DIMS))
+        self.register_buffer("feature_mean", torch.zeros(FEATURES))
+        self.register_buffer("feature_std", torch.ones(FEATURES))
+
+    # -- standardisation ---------------------------------------------------------------------
+
+    def fit_standardisation(self, pose: Tensor, features: Tensor) -> None:
+        """Set the linear map around the flow from poses (N, 13, 3) and :meth:`features` (N, 78)."""
+        basis = bone_basis()
+        bones = pose.flatten(1).double() @ basis.T
+        whiten = basis / bones.std(0)[:, None]
+        self.centre.copy_(pose.flatten(1).mean(0))
+        self.whiten.copy_(whiten)
+        self.unwhiten.copy_(torch.linalg.inv(whiten))
+        self.feature_mean.copy_(features.mean(0))
+        self.feature_std.copy_(features.std(0).clamp_min(1e-3))
+
+    def to_pose(self, x: Tensor) -> Tensor:
+        """Poses (..., 13, 3) in metres of the flow's 39 numbers (..., 39)."""
+        if x.shape[-1:] != (DIMS,):
+            raise ValueError(f"x: expected (..., {DIMS}), got {tuple(x.shape)}")
+        return (x @ self.unwhiten.T + self.centre).unflatten(-1, (JOINTS, 3))
+
+    def from_pose(self, pose: Tensor) -> Tensor:
+        """The flow's 39 numbers (..., 39) of poses (..., 13, 3) in metres; inverts `to_pose`."""
+        if pose.shape[-2:] != (JOINTS, 3):
+            raise ValueError(f"pose: expected (..., {JOINTS}, 3), got {tuple(pose.shape)}")
+        return (pose.flatten(-2) - self.centre) @ self.whiten.T
+
+    @property
+    def log_det_whiten(self) -> Tensor:
+        """log |d x / d pose| of `from_pose`, a constant."""
+        return torch.linalg.slogdet(self.whiten.double())[1].to(self.whiten.dtype)
+
+    # -- condition ---------------------------------------------------------------------------
+
+    @staticmethod
+    def features(
+        amplitude: Tensor, mean: Tensor, covariance: Tensor, size: tuple[int, int] = (64, 64)
+    ) -> Tensor:
+        """What the condition's MLP sees of the Gaussians (before standardisation): (B, 78).
+
+        Independent of where in the picture the person is and how large: means are taken about
+        their precision-weighted centre and divided by their precision-weighted spread, and so are
+        covariances, which enter as the matrix logarithm. Values that no good fit has (a negative
+        or huge amplitude, a sigma below a third of a cell or beyond a third of the map, an
+        indefinite covariance, a mean far outside the map) are clipped.
+
+        Args:
+            amplitude: (B, 13) peak of each fitted Gaussian (a sigmoid heatmap's is about 1).
+            mean: (B, 13, 2) x, y in heatmap cells.
+            covariance: (B, 13, 2, 2) cells^2, x right, y down.
+            size: (H, W) of the heatmap.
+
+        Raises:
+            ValueError: a wrong shape, an empty size, or a NaN or infinite value.
+        """
+        batch = amplitude.shape[0] if amplitude.ndim else 0
+        for name, value, tail in (
+            ("amplitude", amplitude, (JOINTS,)),
+            ("mean", mean, (JOINTS, 2)),
+            ("covariance", covariance, (JOINTS, 2, 2)),
+        ):
+            if value.shape != (batch, *tail):
+                expected = ", ".join(("B", *map(str, tail)))
+                raise ValueError(f"{name}: expected ({expected}), got {tuple(value.shape)}")
+            if not value.is_floating_point():
+                raise TypeError(f"{name}: expected a floating point tensor, got {value.dtype}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+        height, width = size
+        if height < 1 or width < 1:
+            raise ValueError(f"size: expected a positive (H, W), got {tuple(size)}")
+
+        unit = _GRID / max(height, width)
+        mean = (mean * unit).clamp(-_GRID, 2 * _GRID)
+        covariance = covariance * unit**2
+        a, d = covariance[..., 0, 0], covariance[..., 1, 1]
+        b = (covariance[..., 0, 1] + covariance[..., 1, 0]) / 2
+        middle, half = (a + d) / 2, (a - d) / 2
+        radius = torch.hypot(half, b)
+        lowest, highest = 0.3**2, (_GRID / 3) ** 2
+        major = (middle + radius).clamp(lowest, highest)
+        minor = (middle - radius).clamp(lowest, highest)
+
+        weight = 2 / (major + minor + 1)
+        weight = (weight / weight.sum(-1, keepdim=True))[..., None]
+        mean = mean - (weight * mean).sum(-2, keepdim=True)
+        spread = (weight * mean.square()).sum((-1, -2)).clamp_min(1.0)
+        mean = mean / spread.sqrt()[:, None, None]
+        log_middle = (major.log() + minor.log()) / 2 - spread.log()[:, None]
+        log_half = (major.log() - minor.log()) / 2
+        direction = log_half / radius.clamp_min(1e-9)
+        return torch.cat(
+            [
+                amplitude.clamp(0, 2),
+                mean.flatten(1),
+                log_middle,
+                direction * half,
+                direction * b,
+            ],
+            -1,
+        )
+
+    def condition(
+        self, amplitude: Tensor, mean: Tensor, covariance: Tensor, size: tuple[int, int] = (64, 64)
+    ) -> Tensor:
+        """Condition (B, cond_dim) of B persons' fitted Gaussians; arguments as :meth:`features`."""
+        return self.encode(self.features(amplitude, mean, covariance, size))
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Condition (B, cond_dim) of :meth:`features` (B, 78)."""
+        return self.condition_net((features - self.feature_mean) / self.feature_std)
+
+    # -- density and samples -----------------------------------------------------------------
+
+    def log_prob(self, pose: Tensor, cond: Tensor) -> Tensor:
+        """Log-density in nats (B, M) of poses (B, M, 13, 3) in metres under conditions (B, C).
+
+        The density is over the 39 numbers of a pose, in metres.
+        """
+        if pose.ndim != 4 or cond.ndim != 2 or len(pose) != len(cond):
+            raise ValueError(
+                f"pose, cond: expected (B, M, {JOINTS}, 3) and (B, C), "
+                f"got {tuple(pose.shape)} and {tuple(cond.shape)}"
+            )
+        batch, number = pose.shape[:2]
+        rows = cond[:, None].expand(-1, number, -1).flatten(0, 1)
+        z, log_det = self.flow(self.from_pose(pose).flatten(0, 1), c=[rows])
+        log_normal = -0.5 * (z.square().sum(-1) + DIMS * math.log(2 * math.pi))
+        return (log_normal + log_det + self.log_det_whiten).unflatten(0, (batch, number))
+
+    def sample(
+        self,
+        cond: Tensor,
+        num_samples: int,
+        seed: int | None = None,
+        include_mode: bool = False,
+        return_log_prob: bool = False,
+        precision: str = "high",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Draw hypotheses (B, M, 13, 3) in metres for conditions (B, C).
+
+        Args:
+            cond: (B, C) from :meth:`condition`.
+            num_samples: M.
+            seed: the same seed gives the same hypotheses.
+            include_mode: put the hypothesis of z = 0 first.
+            return_log_prob: also return the log-density in nats (B, M), as :meth:`log_prob`.
+            precision: of :class:`fasthyp.HypothesisSampler`.
+        """
+        from fasthyp.sampling import HypothesisSampler
+
+        sampler = HypothesisSampler(self.flow, precision=precision)
+        x, log_prob = sampler(
+            cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
+        )
+        pose = self.to_pose(x)
+        return (pose, log_prob + self.log_det_whiten) if return_log_prob else pose
+
+    # -- files -------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> Path:
+        """Write weights (float16 safetensors) and configuration (JSON beside them).
+
+        Args:
+            path: a ``.safetensors`` file, or a folder in which to write ``lifting.safetensors``.
+
+        Returns:
+            The weights' path. Each file is written under a temporary name and renamed.
+        """
+        target = _weights_path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        learned = {name for name, value in self.named_parameters() if value.is_floating_point()}
+        for name, value in self.state_dict().items():
+            dtype = torch.float16 if name in learned else value.dtype
+            tensors[name] = value.detach().cpu().to(dtype).contiguous()
+        config = (json.dumps(self.config, indent=2) + "\n").encode()
+        for file, content in ((target, save(tensors)), (target.with_suffix(".json"), config)):
+            with replacing(file) as temporary:
+                temporary.write_bytes(content)
+        return target
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str] | None = None) -> LiftingFlow:
+        """Load a model written by :meth:`save_pretrained`; ``None`` loads the bundled one.
+
+        Weights are stored in float16 and held in float32.
+
+        Raises:
+            ValueError: a file is missing or truncated, or a tensor is missing, unknown or of the
+                wrong shape; the message names it.
+        """
+        if path is None:
+            with resources.as_file(resources.files("fasthyp.models") / "weights") as folder:
+                return cls.from_pretrained(folder)
+        target = _weights_path(path)
+        config_path = target.with_suffix(".json")
+        try:
+            config = json.loads(config_path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{config_path}: not a readable configuration: {error}") from error
+        if not isinstance(config, dict) or tuple(sorted(config)) != _CONFIG_KEYS:
+            raise ValueError(f"{config_path}: expected the keys {_CONFIG_KEYS}, got {config!r}")
+        model = cls(**config)
+        try:
+            tensors = load_file(str(target))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{target}: not a readable safetensors file: {error}") from error
+        wanted = model.state_dict()
+        for name in sorted(wanted.keys() | tensors.keys()):
+            if name not in tensors:
+                raise ValueError(f"{target}: tensor {name!r} is missing")
+            if name not in wanted:
+                raise ValueError(f"{target}: unknown tensor {name!r}")
+            if tensors[name].shape != wanted[name].shape:
+                raise ValueError(
+                    f"{target}: tensor {name!r}: expected {tuple(wanted[name].shape)}, "
+                    f"got {tuple(tensors[name].shape)}"
+                )
+        model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()})
+        return model.eval()
+
+
+def _weights_path(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / "lifting.safetensors"
