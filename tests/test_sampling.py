@@ -1,0 +1,317 @@
+"""HypothesisSampler: what it draws, from what, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import FrEIA.framework as ff
+import FrEIA.modules as fm
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fasthyp.flows as flows
+from fasthyp.reference.coupling import philox_normal, standard_normal_log_prob
+from fasthyp.sampling import HypothesisSampler
+from tests.conftest import max_error, random_flow
+
+
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FASTHYP_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def net() -> Any:
+    return random_flow(9, (4,))
+
+
+@pytest.fixture
+def cond() -> Tensor:
+    return torch.randn(3, 4)
+
+
+def through_freia(net: Any, z: Tensor, conds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """z (B, M, D) through FrEIA, rows of repeated conditions, in float64."""
+    batch, samples, dim = z.shape
+    rows = [c.double().repeat_interleave(samples, 0) for c in conds]
+    with torch.no_grad():
+        net = copy.deepcopy(flows.restore(net)).double().eval()
+        x, log_jac = net(z.double().reshape(-1, dim), rows, rev=True)
+    return x.reshape(z.shape), log_jac.reshape(batch, samples)
+
+
+@pytest.mark.parametrize("samples", [1, 7, 1000, 4096])
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_hypotheses_are_the_flows(net: Any, cond: Tensor, samples: int, accelerated: bool) -> None:
+    flow = flows.accelerate(net) if accelerated else net
+    x, log_prob = HypothesisSampler(flow)(cond, samples, seed=5, return_log_prob=True)
+    z = philox_normal(3, samples, 9, 5)
+    want, log_jac = through_freia(net, z, [cond])
+    assert x.shape == (3, samples, 9)
+    assert log_prob.shape == (3, samples)
+    assert x.dtype == log_prob.dtype == torch.float32
+    assert not x.requires_grad
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+    want_log_prob = standard_normal_log_prob(z.double()) - log_jac
+    assert max_error(log_prob, want_log_prob) < 1e-3
+
+
+def test_log_prob_is_the_density_of_x(net: Any, cond: Tensor) -> None:
+    x, log_prob = HypothesisSampler(net)(cond, 20, seed=1, return_log_prob=True)
+    with torch.no_grad():
+        z, log_jac = net(x.reshape(-1, 9), cond.repeat_interleave(20, 0))
+    density = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1) + log_jac
+    torch.testing.assert_close(log_prob.reshape(-1), density, rtol=1e-3, atol=1e-3)
+
+
+def test_defaults_to_a_thousand(net: Any, cond: Tensor) -> None:
+    assert HypothesisSampler(net)(cond).shape == (3, 1000, 9)
+
+
+def test_several_conditions() -> None:
+    net = random_flow(9, (4, 2))
+    conds = [torch.randn(3, 4), torch.randn(3, 2)]
+    x = HypothesisSampler(net)(conds, 6, seed=5)
+    want, _ = through_freia(net, philox_normal(3, 6, 9, 5), conds)
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+
+
+def test_no_condition() -> None:
+    net = random_flow(9)
+    sampler = HypothesisSampler(net)
+    x = sampler(num_samples=6, seed=5)
+    assert x.shape == (1, 6, 9)
+    want, _ = through_freia(net, philox_normal(1, 6, 9, 5), [])
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+    assert sampler(z=torch.zeros(4, 2, 9)).shape == (4, 2, 9)
+    assert sampler(num_samples=2, fixed=torch.zeros(4, 3)).shape == (4, 2, 9)
+
+
+def test_given_latents(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(net)
+    z = torch.randn(3, 6, 9)
+    x, log_prob = sampler(cond, z=z, return_log_prob=True)
+    want, log_jac = through_freia(net, z, [cond])
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+    assert max_error(log_prob, standard_normal_log_prob(z.double()) - log_jac) < 1e-3
+    assert torch.equal(sampler(cond, 6, z=z), x)
+    drawn = sampler(cond, 6, seed=3)
+    again = sampler(cond, z=philox_normal(3, 6, 9, 3))
+    torch.testing.assert_close(drawn, again, rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_latents_and_mode(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(net)
+    fixed = torch.randn(3, 2)
+    x, log_prob = sampler(
+        cond, 5, seed=5, fixed=fixed, include_mode=True, return_log_prob=True
+    )
+    noise = philox_normal(3, 5, 7, 5, include_mode=True)
+    assert not noise[:, 0].any()
+    z = torch.cat([noise, fixed[:, None].expand(-1, 5, -1)], -1)
+    want, log_jac = through_freia(net, z, [cond])
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+    assert max_error(log_prob, standard_normal_log_prob(noise.double()) - log_jac) < 1e-3
+    same = sampler(cond, z=noise, fixed=fixed)
+    torch.testing.assert_close(same, x, rtol=1e-4, atol=1e-4)
+
+
+# --- reproducible -----------------------------------------------------------------------------
+
+
+def test_the_seed_decides(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(net)
+    first = sampler(cond, 100, seed=5)
+    assert torch.equal(sampler(cond, 100, seed=5), first)
+    assert torch.equal(HypothesisSampler(copy.deepcopy(net))(cond, 100, seed=5), first)
+    assert not torch.equal(sampler(cond, 100, seed=6), first)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(sampler(cond, 100, seed=5), first)
+    for image in range(3):
+        part = sampler(cond[image : image + 1], 100, seed=5, image_offset=image)
+        assert torch.equal(part[0], first[image])
+    assert torch.equal(sampler(cond, 1000, seed=5)[:, :100], first)
+
+
+def test_hypotheses_differ(net: Any) -> None:
+    x = HypothesisSampler(net)(torch.zeros(2, 4), 50, seed=5)
+    assert len(torch.unique(x.reshape(-1, 9), dim=0)) == 100
+
+
+def test_seeds_come_from_torch(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(net)
+    torch.manual_seed(3)
+    first, second = sampler(cond, 5), sampler(cond, 5)
+    assert not torch.equal(first, second)
+    torch.manual_seed(3)
+    assert torch.equal(sampler(cond, 5), first)
+    drawn = [sampler(cond, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*drawn)
+    state = torch.get_rng_state()
+    sampler(cond, 5, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["clamp", "opaque"])
+def test_parts_that_are_not_fused_draw_the_same_noise(kind: str, cond: Tensor) -> None:
+    settings: dict[str, Any] = {
+        "clamp": {"clamp_activation": lambda u: u / (1 + u.abs())},
+        "opaque": {"subnet": lambda i, o: nn.Sequential(nn.Linear(i, 8), nn.ELU(), nn.Linear(8, o))},
+    }[kind]
+    net = random_flow(9, (4,), **settings)
+    x = HypothesisSampler(net)(cond, 6, seed=5)
+    want, _ = through_freia(net, philox_normal(3, 6, 9, 5), [cond])
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+
+
+def test_reference_backend(net: Any, cond: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = HypothesisSampler(net)
+    fused = sampler(cond, 6, seed=5, return_log_prob=True)
+    monkeypatch.setenv("FASTHYP_BACKEND", "reference")
+    for a, b in zip(sampler(cond, 6, seed=5, return_log_prob=True), fused, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_float64(net: Any, cond: Tensor) -> None:
+    x = HypothesisSampler(net.double())(cond.double(), 6, seed=5)
+    assert x.dtype == torch.float64
+    want, _ = through_freia(net, philox_normal(3, 6, 9, 5), [cond])
+    assert max_error(x, want) < 1e-4 * float(want.abs().max())
+
+
+# --- the flow's state -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_samples_as_in_eval_mode(cond: Tensor, accelerated: bool) -> None:
+    def subnet(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, outputs)
+        )
+
+    net = random_flow(9, (4,), subnet=subnet)
+    if accelerated:
+        net = flows.accelerate(net)
+    sampler = HypothesisSampler(net)
+    want = sampler(cond, 20, seed=5)
+    net.train()
+    statistics = net.module_list[0].subnet1[1].running_mean.clone()
+    assert torch.equal(sampler(cond, 20, seed=5), want)
+    assert all(part.training for part in net.modules())
+    assert torch.equal(net.module_list[0].subnet1[1].running_mean, statistics)
+
+
+def test_new_weights_are_used(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(net)
+    before = sampler(cond, 5, seed=5)
+    other = random_flow(9, (4,))
+    net.load_state_dict(other.state_dict())
+    after = sampler(cond, 5, seed=5)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, HypothesisSampler(other)(cond, 5, seed=5))
+
+
+def test_no_graph_is_recorded(net: Any, cond: Tensor) -> None:
+    x, log_prob = HypothesisSampler(net)(cond.requires_grad_(), 5, return_log_prob=True)
+    assert not x.requires_grad
+    assert not log_prob.requires_grad
+
+
+def test_copies(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(flows.accelerate(net))
+    want = sampler(cond, 5, seed=5)
+    for twin in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert torch.equal(twin(cond, 5, seed=5), want)
+
+
+def test_a_program(net: Any, cond: Tensor) -> None:
+    program = flows.describe(net)
+    want = HypothesisSampler(net)(cond, 5, seed=5)
+    assert torch.equal(HypothesisSampler(program)(cond, 5, seed=5), want)
+
+
+# --- refused ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"cond": torch.randn(3, 5)}, ValueError, r"cond: expected shape \(B, 4\), got \(3, 5\)"),
+        ({"cond": torch.randn(4)}, ValueError, "cond: expected 2 dimensions"),
+        ({"cond": torch.randn(3, 1, 4)}, ValueError, "cond: expected 2 dimensions"),
+        ({"cond": torch.randn(0, 4)}, ValueError, "cond: expected at least one image"),
+        ({"cond": torch.randn(3, 4).double()}, TypeError, "cond: expected torch.float32"),
+        ({"cond": torch.ones(3, 4).long()}, TypeError, "cond: expected torch.float32"),
+        ({"cond": torch.full((3, 4), float("nan"))}, ValueError, "cond: expected finite"),
+        ({"cond": torch.full((3, 4), float("inf"))}, ValueError, "cond: expected finite"),
+        ({"cond": torch.randn(3, 4, device="meta")}, ValueError, "cond: expected on cpu"),
+        ({"cond": None}, ValueError, r"cond: expected 1 condition\(s\), got 0"),
+        ({"cond": [torch.randn(3, 4)] * 2}, ValueError, r"cond: expected 1 condition\(s\), got 2"),
+        ({"cond": [[1.0]]}, TypeError, "cond: expected a tensor, got list"),
+        ({"cond": 3.0}, TypeError, "cond: expected a tensor or a list"),
+        ({"num_samples": 0}, ValueError, "num_samples: expected 1 <= num_samples"),
+        ({"num_samples": -1}, ValueError, "num_samples: expected 1 <= num_samples"),
+        ({"num_samples": 2.0}, TypeError, "num_samples: expected an int, got float"),
+        ({"num_samples": True}, TypeError, "num_samples: expected an int, got bool"),
+        ({"seed": -1}, ValueError, "seed: expected 0 <= seed"),
+        ({"seed": 2**64}, ValueError, "seed: expected 0 <= seed"),
+        ({"seed": "1"}, TypeError, "seed: expected an int, got str"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed, generator"),
+        ({"image_offset": -1}, ValueError, "image_offset: expected 0 <= image_offset"),
+        ({"image_offset": 2**32 - 2}, ValueError, "image_offset: expected 0 <= image_offset"),
+        ({"z": torch.randn(3, 9)}, ValueError, "z: expected 3 dimensions"),
+        ({"z": torch.randn(3, 5, 8)}, ValueError, r"z: expected shape \(3, 5, 9\)"),
+        ({"z": torch.randn(2, 5, 9)}, ValueError, r"z: expected shape \(3, 5, 9\)"),
+        ({"z": torch.randn(3, 0, 9)}, ValueError, "z: expected shape"),
+        ({"z": torch.randn(3, 5, 9), "num_samples": 6}, ValueError, r"shape \(3, 6, 9\)"),
+        ({"z": torch.randn(3, 5, 9).double()}, TypeError, "z: expected torch.float32"),
+        ({"z": torch.full((3, 5, 9), float("nan"))}, ValueError, "z: expected finite"),
+        ({"z": torch.randn(3, 5, 9), "seed": 1}, ValueError, "z: given latents leave nothing"),
+        ({"z": torch.randn(3, 5, 9), "include_mode": True}, ValueError, "z: given latents"),
+        ({"z": torch.randn(3, 5, 9), "fixed": torch.randn(3, 2)}, ValueError, r"\(3, 5, 7\)"),
+        ({"fixed": torch.randn(2, 2)}, ValueError, r"fixed: expected shape \(3, F\)"),
+        ({"fixed": torch.randn(3, 10)}, ValueError, r"fixed: expected shape \(3, F\) with F <= 9"),
+        ({"fixed": torch.randn(3, 0)}, ValueError, r"fixed: expected shape \(3, F\)"),
+        ({"fixed": torch.randn(3)}, ValueError, "fixed: expected 2 dimensions"),
+        ({"fixed": torch.full((3, 2), float("nan"))}, ValueError, "fixed: expected finite"),
+        ({"fixed": [1.0]}, TypeError, "fixed: expected a tensor, got list"),
+    ],
+)
+def test_bad_input(net: Any, arguments: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        HypothesisSampler(net)(**{"cond": torch.randn(3, 4), **arguments})
+
+
+def test_two_conditions_are_checked_each() -> None:
+    sampler = HypothesisSampler(random_flow(9, (4, 2)))
+    for conds, message in (
+        ([torch.randn(3, 4), torch.randn(2, 2)], r"cond\[1\]: expected shape \(3, 2\)"),
+        ([torch.randn(3, 4), torch.randn(3, 4)], r"cond\[1\]: expected shape \(3, 2\)"),
+        (torch.randn(3, 6), r"cond: expected 2 condition\(s\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler(conds)
+
+
+@pytest.mark.parametrize("flow", [nn.Linear(2, 2), "flow", None])
+def test_not_a_flow(flow: Any) -> None:
+    with pytest.raises(TypeError, match="GraphINN"):
+        HypothesisSampler(flow)
+
+
+def test_flows_that_cannot_be_sampled(net: Any) -> None:
+    rnvp = ff.SequenceINN(6)
+    rnvp.append(fm.RNVPCouplingBlock, subnet_constructor=lambda i, o: nn.Linear(i, o))
+    with pytest.raises(flows.UnsupportedFlow, match="RNVPCouplingBlock"):
+        HypothesisSampler(rnvp)
+    with pytest.raises(ValueError, match="precision"):
+        HypothesisSampler(net, precision="double")
