@@ -34,12 +34,24 @@ if(NOT _wanted MATCHES "^(0|off|false|no)$")
       set(CUDA_CUDART "${_runtime}" CACHE FILEPATH "" FORCE)
     endif()
   endif()
+  set(_found "no CUDA compiler was found")
   if(CMAKE_CUDA_COMPILER)
-    set(FASTHYP_WITH_CUDA ON)
-  elseif(NOT _wanted STREQUAL "auto")
-    message(FATAL_ERROR
-      "FASTHYP_CUDA=${_wanted} asks for the CUDA kernels, but no CUDA compiler was found. Put nvcc (CUDA 12.8 "
-      "or newer) on PATH, set CUDACXX or CUDA_HOME, or install the compiler with: "
-      "pip install \"cuda-toolkit[nvcc,cudart,cccl]==13.0.*\"")
+    execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --version OUTPUT_VARIABLE _version ERROR_QUIET)
+    string(REGEX MATCH "release ([0-9.]+)" _version "${_version}")
+    # 12.8 is the first that knows the newest of the default architectures.
+    if(CMAKE_MATCH_1 VERSION_GREATER_EQUAL 12.8)
+      set(FASTHYP_WITH_CUDA ON)
+    else()
+      set(_found "${CMAKE_CUDA_COMPILER} is release '${CMAKE_MATCH_1}'")
+    endif()
+  endif()
+  if(NOT FASTHYP_WITH_CUDA)
+    if(NOT _wanted STREQUAL "auto")
+      message(FATAL_ERROR
+        "FASTHYP_CUDA=${_wanted} asks for the CUDA kernels, but ${_found}. Put nvcc (CUDA 12.8 or newer) on PATH, "
+        "set CUDACXX or CUDA_HOME, or install the compiler with: "
+        "pip install \"cuda-toolkit[nvcc,cudart,cccl]==13.0.*\"")
+    endif()
+    message(STATUS "fasthyp: ${_found}")
   endif()
 endif()
