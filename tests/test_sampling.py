@@ -111,9 +111,7 @@ def test_given_latents(net: Any, cond: Tensor) -> None:
 def test_fixed_latents_and_mode(net: Any, cond: Tensor) -> None:
     sampler = HypothesisSampler(net)
     fixed = torch.randn(3, 2)
-    x, log_prob = sampler(
-        cond, 5, seed=5, fixed=fixed, include_mode=True, return_log_prob=True
-    )
+    x, log_prob = sampler(cond, 5, seed=5, fixed=fixed, include_mode=True, return_log_prob=True)
     noise = philox_normal(3, 5, 7, 5, include_mode=True)
     assert not noise[:, 0].any()
     z = torch.cat([noise, fixed[:, None].expand(-1, 5, -1)], -1)
@@ -165,7 +163,9 @@ def test_seeds_come_from_torch(net: Any, cond: Tensor) -> None:
 def test_parts_that_are_not_fused_draw_the_same_noise(kind: str, cond: Tensor) -> None:
     settings: dict[str, Any] = {
         "clamp": {"clamp_activation": lambda u: u / (1 + u.abs())},
-        "opaque": {"subnet": lambda i, o: nn.Sequential(nn.Linear(i, 8), nn.ELU(), nn.Linear(8, o))},
+        "opaque": {
+            "subnet": lambda i, o: nn.Sequential(nn.Linear(i, 8), nn.ELU(), nn.Linear(8, o))
+        },
     }[kind]
     net = random_flow(9, (4,), **settings)
     x = HypothesisSampler(net)(cond, 6, seed=5)
@@ -195,7 +195,11 @@ def test_float64(net: Any, cond: Tensor) -> None:
 def test_samples_as_in_eval_mode(cond: Tensor, accelerated: bool) -> None:
     def subnet(inputs: int, outputs: int) -> nn.Module:
         return nn.Sequential(
-            nn.Linear(inputs, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, outputs)
+            nn.Linear(inputs, 8),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.5),
+            nn.ReLU(),
+            nn.Linear(8, outputs),
         )
 
     net = random_flow(9, (4,), subnet=subnet)

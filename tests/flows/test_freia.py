@@ -1,9 +1,11 @@
 """The FrEIA drop-ins against live FrEIA 0.2: numbers, call forms, caches, copies, transforms."""
 
+# ruff: noqa: NPY002 - FrEIA draws its permutations from the legacy generator of NumPy
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +37,8 @@ def inputs(net: nn.Module, rows: int, dtype: torch.dtype = torch.float32) -> tup
     if isinstance(net, ff.GraphINN):
         dim, widths = net.in_nodes[0].dims[0], [node.dims[0] for node in net.condition_nodes]
     else:
-        shapes = {i: m.dims_c[0][0] for i, m in zip(net.conditions, net.module_list) if m.dims_c}
+        blocks = zip(net.conditions, net.module_list, strict=True)
+        shapes = {i: module.dims_c[0][0] for i, module in blocks if module.dims_c}
         dim, widths = net.shapes[0][0], [shapes[i] for i in sorted(shapes)]
     return torch.randn(rows, dim, dtype=dtype), [
         torch.randn(rows, width, dtype=dtype) for width in widths
@@ -72,7 +75,7 @@ def mlp(*activations: nn.Module, bias: bool = True, hidden: int = 24) -> Callabl
     def make(inputs: int, outputs: int) -> nn.Sequential:
         widths = [inputs, *(hidden + i for i in range(len(activations))), outputs]
         parts: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
             parts += [nn.Linear(a, b, bias=bias), *activations[i : i + 1]]
         return nn.Sequential(*parts)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -23,7 +24,7 @@ from fasthyp.flows import (
 
 
 def linears(*widths: int) -> tuple[nn.Linear, ...]:
-    return tuple(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+    return tuple(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
 
 def program() -> FlowProgram:

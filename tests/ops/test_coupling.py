@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -51,9 +52,7 @@ def random_layers(
         columns = rng.permutation(cond_dim).tolist()[: max(cond_dim - 1, 0)]
         inputs = len(passive) + len(columns)
         widths = [inputs, *(hidden + i for i in range(depth - 1)), 2 * len(active)]
-        weights = tuple(
-            normal(b, a) / max(a, 1) ** 0.5 for a, b in zip(widths, widths[1:], strict=False)
-        )
+        weights = tuple(normal(b, a) / max(a, 1) ** 0.5 for a, b in itertools.pairwise(widths))
         biases = tuple(0.3 * normal(b) if bias else None for b in widths[1:])
         layers.append(
             CouplingLayer(tuple(active), tuple(passive), tuple(columns), weights, biases, **kind)
@@ -324,8 +323,8 @@ def test_bad_layers() -> None:
         ops.PackedFlow(layers, index, 9, 4, precision="best")
     with pytest.raises(ValueError, match="plain MLP"):
         ops.PackedFlow([replace(layers[0], module=torch.nn.Identity())], index, 9, 4)
+    wrong = (layers[0].weights[0][:, 1:], *layers[0].weights[1:])
     with pytest.raises(ValueError, match="expected a weight"):
-        wrong = (layers[0].weights[0][:, 1:], *layers[0].weights[1:])
         ops.PackedFlow([replace(layers[0], weights=wrong)], index, 9, 4)
 
 
