@@ -1,0 +1,7 @@
+"""``python -m fasthyp``: the command line."""
+
+import sys
+
+from fasthyp.cli import main
+
+sys.exit(main())

@@ -1,0 +1,292 @@
+"""The ``fasthyp`` command.
+
+Bad input ends with exit code 2 and one line on stderr; outputs are complete or absent. What needs
+torch or matplotlib is imported by the command that needs it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    name="fasthyp",
+    help="Probabilistic human pose estimation: hundreds of 3D hypotheses per person, fast.",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+train_app = typer.Typer(help="Train a model.")
+evaluate_app = typer.Typer(help="Evaluate a model.")
+app.add_typer(train_app, name="train")
+app.add_typer(evaluate_app, name="evaluate")
+
+_ClickException: Any = typer.BadParameter.__mro__[2]  # typer may carry its own copy of click
+
+
+class Device(str, Enum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(str, Enum):
+    highest = "highest"
+    high = "high"
+    medium = "medium"
+
+
+NumSamples = Annotated[
+    int, typer.Option("--num-samples", "-n", min=1, help="Hypotheses per person.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise.")]
+OnDevice = Annotated[Device, typer.Option(help="Where to compute.")]
+InPrecision = Annotated[
+    Precision, typer.Option(help="highest: float32; medium: bfloat16 products where possible.")
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder or .safetensors file of a trained model instead of the bundled one.",
+        show_default="bundled",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Data = Annotated[Path, typer.Option(help="CMU motion capture poses, .npz.")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    try:
+        code = app(args=argv, prog_name="fasthyp", standalone_mode=False)
+    except _ClickException as error:
+        return _refuse(error.format_message())
+    except (typer.Abort, KeyboardInterrupt):
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        return _refuse(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        return _refuse(f"out of memory: {error}")
+    return code if isinstance(code, int) else 0
+
+
+def _refuse(message: str) -> int:
+    print("fasthyp: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fasthyp import __version__
+
+        print(f"fasthyp {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def sample(
+    input: Annotated[
+        Path,
+        typer.Argument(
+            metavar="INPUT",
+            help=".npz with heatmaps (P,J,H,W) or (J,H,W), .npy of the same, or .npz with "
+            "keypoints (P,J,2), covariances (P,J,2,2) and, if known, amplitudes (P,J) and "
+            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears.",
+        ),
+    ],
+    num_samples: NumSamples = 1000,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="What to write: hypotheses, spread, fits; .npz.")
+    ] = Path("hypotheses.npz"),
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the first person, or that of --person: .png, .pdf, .svg."),
+    ] = None,
+    person: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only this person, counted from 0.", show_default="all"),
+    ] = None,
+    seed: Seed = 0,
+    device: OnDevice = Device.cpu,
+    precision: InPrecision = Precision.high,
+    model: Model = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Persons at a time; changes no hypothesis.")
+    ] = 16,
+    as_json: Json = False,
+) -> None:
+    """Hypotheses of the 3D poses of persons, from the heatmaps of a 2D pose detector.
+
+    The output holds, for P persons and M hypotheses, in mm, centred between the hips, x right,
+    y down, z away from the camera: `hypotheses` (P,M,13,3), `log_prob` (P,M) in nats, `mode`
+    (P,13,3), `covariance` (P,13,3,3) of the hypotheses, `std` (P,13) = sqrt(trace(covariance)), the
+    Gaussians in `fit_*` (cells of the heatmap), `joint_names`, `seed`, `model` and `version`.
+    """
+    from fasthyp.cli._sample import run
+
+    run(
+        *(input, out, plot),
+        num_samples=num_samples,
+        seed=seed,
+        device=device.value,
+        precision=precision.value,
+        model=model,
+        person=person,
+        batch_size=batch_size,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")] = Path(
+        "fasthyp_demo.png"
+    ),
+    num_samples: NumSamples = 1000,
+    seed: Seed = 0,
+    device: OnDevice = Device.cpu,
+    precision: InPrecision = Precision.high,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Sample the pose of an astronaut whose legs are outside the photograph, and draw it."""
+    from fasthyp.cli._sample import demo_captions, run
+
+    with resources.as_file(resources.files("fasthyp.data") / "astronaut_heatmaps.npz") as heatmaps:
+        run(
+            *(heatmaps, None, out),
+            num_samples=num_samples,
+            seed=seed,
+            device=device.value,
+            precision=precision.value,
+            model=model,
+            as_json=as_json,
+            captions=demo_captions,
+        )
+
+
+@app.command()
+def info(as_json: Json = False) -> None:
+    """Versions, processor, devices and kernels."""
+    from fasthyp import _diagnostics
+
+    facts = _diagnostics.info()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _diagnostics.lines(facts):
+        table.add_row(name, text)
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Run every kernel against its reference on a small input; exit code 1 if one is wrong."""
+    from fasthyp import _diagnostics
+
+    checks = _diagnostics.doctor()
+    failed = [check for check in checks if not check.passed]
+    if as_json:
+        rows = [vars(check) for check in checks]
+        print(json.dumps({"passed": not failed, "checks": rows}, indent=2))
+    else:
+        console = Console(highlight=False)
+        for check in checks:
+            mark = "[green]ok    [/]" if check.passed else "[red bold]FAILED[/]"
+            console.print(f"{mark} {check.name:30}", escape(check.detail), soft_wrap=True)
+            if not check.passed:
+                console.print("       mend it:", escape(check.remedy), soft_wrap=True)
+        verdict = f"{len(failed)} of {len(checks)} checks failed" if failed else "all is well"
+        console.print(verdict, style="red bold" if failed else "green")
+    raise typer.Exit(1 if failed else 0)
+
+
+@train_app.command("lifting")
+def train_lifting(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder for the model, checkpoints and curves.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Recipe, .json; unset keys: defaults.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+) -> None:
+    """Train the lifting flow on motion capture seen by simulated cameras and detectors."""
+    from dataclasses import replace
+
+    from fasthyp.train.lifting import LiftingTrainConfig, train
+
+    if config is None and resume:
+        config = out / "config.json"
+    recipe = LiftingTrainConfig() if config is None else LiftingTrainConfig.from_json(config)
+    recipe = replace(
+        recipe,
+        steps=recipe.steps if steps is None else steps,
+        seed=recipe.seed if seed is None else seed,
+    )
+    train(recipe, data, out, resume=resume, progress=sys.stderr.isatty())
+    print(f"wrote {out / 'lifting.safetensors'}")
+
+
+@evaluate_app.command("lifting")
+def evaluate_lifting_command(
+    data: Data,
+    model: Model = None,
+    num_samples: NumSamples = 200,
+    seed: Seed = 0,
+    precision: InPrecision = Precision.highest,
+    as_json: Json = False,
+) -> None:
+    """Errors, likelihood and calibration on the held-out clips, beside two baselines."""
+    from fasthyp.cli._sample import load_model, progress_bar
+    from fasthyp.train.evaluation import evaluate_lifting
+
+    network = load_model(model)
+    with progress_bar("persons", None) as advance:
+        done = 0
+
+        def report(now: int, total: int) -> None:
+            nonlocal done
+            advance(now - done, total)
+            done = now
+
+        result = evaluate_lifting(
+            network, data, num_samples, seed=seed, precision=precision.value, progress=report
+        )
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v:.3g}" for k, v in value.items())
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    Console(highlight=False).print(table)

@@ -1,0 +1,14 @@
+"""Pictures of poses, hypotheses and their uncertainty."""
+
+from fasthyp.viz.figure import figure_format, pose_figure, save_figure
+from fasthyp.viz.panels import draw_hypotheses, draw_observation, draw_uncertainty, limits
+
+__all__ = [
+    "draw_hypotheses",
+    "draw_observation",
+    "draw_uncertainty",
+    "figure_format",
+    "limits",
+    "pose_figure",
+    "save_figure",
+]
