@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <span>
@@ -36,6 +37,18 @@ std::span<const T> view(Address address, std::int64_t count) {
 
 // --- coupling ---
 
+// The flow of a plan. A thread mostly runs the same flow again, so the last one is kept.
+const coupling::Flow& parsed(std::span<const std::int64_t> plan) {
+  thread_local std::vector<std::int64_t> numbers;
+  thread_local coupling::Flow flow;
+  if (!std::equal(plan.begin(), plan.end(), numbers.begin(), numbers.end())) {
+    numbers.clear();  // stays empty if parsing throws
+    flow = coupling::parse_plan(plan);
+    numbers.assign(plan.begin(), plan.end());
+  }
+  return flow;
+}
+
 struct PlanInfo {
   std::int64_t packed_bytes;
   int dim, cond_dim;
@@ -49,7 +62,7 @@ PlanInfo coupling_plan_info(const std::vector<std::int64_t>& plan) {
 
 void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, Address weight,
                    Address bias, const std::vector<std::int64_t>& cond_columns, Address packed) {
-  const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
+  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
   py::gil_scoped_release release;
   if (flow.element == coupling::Element::f64)
     coupling::pack_layer(flow, index, layer, pointer<const double>(weight),
@@ -64,7 +77,7 @@ void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int
                   Address cond, Address output, Address log_det, int threads, std::uint64_t seed,
                   std::int64_t image_offset, Address fixed, int fixed_dims, bool include_mode) {
   py::gil_scoped_release release;
-  const coupling::Flow flow = coupling::parse_plan(view<std::int64_t>(plan, plan_size));
+  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
     throw std::invalid_argument("flow: packed weights too short");
   if (fixed_dims < 0 || fixed_dims > flow.dim) throw std::invalid_argument("flow: fixed too wide");

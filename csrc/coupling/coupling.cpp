@@ -143,10 +143,11 @@ constexpr std::int64_t kHoistBytes = std::int64_t(64) << 20;
 // something else (often a spinning OpenMP worker) then takes less, and none waits long at the end.
 // Weights that no cache holds are read once per part, so such flows get as few parts as can be.
 void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
-  constexpr std::int64_t kMost = 480, kLeast = 24, kCachedBytes = std::int64_t(16) << 20;
+  constexpr std::int64_t kMost = 480, kCachedBytes = std::int64_t(16) << 20;
   const auto rows = kernels().rows[static_cast<int>(call.flow->element)];
   const std::int64_t count = end - begin;
   const int shards = static_cast<int>(std::clamp<std::int64_t>(count / 4, 1, call.threads));
+  const std::int64_t least = std::min<std::int64_t>(24, round_up((count + shards - 1) / shards, 4));
   const std::int64_t rounds = (count + kMost * shards - 1) / (kMost * shards);
   const std::int64_t even = (count + rounds * shards - 1) / (rounds * shards);
   const bool cached = call.flow->packed_bytes <= kCachedBytes;
@@ -156,7 +157,7 @@ void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int
     for (;;) {
       if (first >= count) return;
       const std::int64_t left = count - first;
-      size = cached ? std::clamp(round_up(left / (2 * shards), kLeast), kLeast, kMost) : even;
+      size = cached ? std::clamp(round_up(left / (2 * shards), least), least, kMost) : even;
       size = std::min(shards == 1 ? left : size, left);
       if (!next.compare_exchange_weak(first, first + size, std::memory_order_relaxed)) continue;
       rows(job, begin + first, begin + first + size);
