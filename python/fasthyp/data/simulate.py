@@ -35,10 +35,14 @@ _AXIS_SPREAD = (0.30, 0.55, 0.60)
 _ERROR_STD = (1.2, 2.0, 2.6, 3.7, 5.3)
 _ERROR_RATIO = (0.58, 0.62, 0.85, 1.05, 1.2)
 _OUTLIER_SHARE, _OUTLIER_FACTOR = 0.04, 4.0
+# Outside the picture there are no labels to compare with, and nothing that a detector could see.
+_OUTSIDE_ERROR = 1.3
 # How often a joint is hidden though inside the picture.
 _HIDDEN_RATE = (0.0, 0.0, 0.0, 0.32, 0.32, 0.34, 0.34, 0.0, 0.0, 0.32, 0.32, 0.28, 0.28)
-# A detector that does not see a joint pulls it towards its parent (lower bound of the factor).
-_PULL = (1.0, 0.85, 0.55)
+# A detector that does not see a joint pulls it towards its parent (lower bound of the factor). Most
+# cut-off legs it only imagines, hanging down, at so many trunk lengths a segment.
+_PULL = (1.0, 0.85, 0.40)
+_IMAGINED_SHARE, _IMAGINED_LENGTH = 0.65, (0.15, 1.0)
 
 _LEFT_ARM, _RIGHT_ARM = (1, 3, 5), (2, 4, 6)
 _LEFT_LEG, _RIGHT_LEG = (7, 9, 11), (8, 10, 12)
@@ -55,7 +59,7 @@ class SimulationConfig:
         off_axis_deg: standard deviation of the angle between the person and the optical axis.
         distance_m: nearest and farthest camera, drawn uniformly in the logarithm.
         scale_std, limb_std: log-normal spread of the body's size and of each limb's length.
-        joint_deg: spread of the random rotation of each limb segment and of the trunk.
+        trunk_deg, joint_deg: spread of the random rotation of the trunk and each limb segment.
         head_deg: spread of the random head yaw.
         mix: chance that the legs, and each arm, come from another frame.
         noise_mm: isotropic Gaussian noise on the 3D target (after centring, so that the density
@@ -63,13 +67,14 @@ class SimulationConfig:
         augment: False leaves the skeleton as it is (evaluation); cameras and 2D noise remain.
     """
 
-    elevation_deg: tuple[float, float] = (6.0, 13.0)
+    elevation_deg: tuple[float, float] = (4.0, 7.0)
     roll_deg: float = 5.0
     off_axis_deg: float = 3.0
     distance_m: tuple[float, float] = (2.2, 12.0)
-    scale_std: float = 0.06
-    limb_std: float = 0.05
-    joint_deg: float = 7.0
+    scale_std: float = 0.05
+    limb_std: float = 0.04
+    trunk_deg: float = 4.0
+    joint_deg: float = 6.0
     head_deg: float = 20.0
     mix: float = 0.25
     noise_mm: float = 5.0
@@ -228,7 +233,7 @@ class PoseSimulator:
             rotation = _axis_angle(vector / angle.clamp_min(1e-6)[:, None], angle)
             pose[:, joints] = _rotate(pose[:, joints], rotation, pivot)
 
-        swing(_UPPER, torch.zeros_like(up), config.joint_deg)
+        swing(_UPPER, torch.zeros_like(up), config.trunk_deg)
         neck = (pose[:, 1] + pose[:, 2]) / 2
         trunk = torch.nn.functional.normalize(neck, dim=-1)
         yaw = random.normal() * math.radians(config.head_deg)
@@ -261,9 +266,9 @@ class PoseSimulator:
         random = _Random(len(pose), generator, pose.device)
         normal, uniform = random.normal, random.uniform
 
-        # Camera. One in eight looks from well above or below.
+        # Camera. One in ten looks from well above or below.
         elevation_mean, elevation_std = config.elevation_deg
-        steep = torch.where(uniform() < 0.125, 2.5, 1.0)
+        steep = torch.where(uniform() < 0.1, 3.0, 1.0)
         rotation = camera_rotation(
             uniform() * (2 * math.pi),
             torch.deg2rad(elevation_mean + elevation_std * steep * normal()).clamp(-1.3, 1.3),
@@ -335,8 +340,24 @@ class PoseSimulator:
         std = std.clamp(max=_MAX_STD)
         amplitude = _AMPLITUDE / std * (_AMPLITUDE_SPREAD * normal(13)).exp()
 
+        # Where the detector thinks the joint is, but for the noise of the fit.
+        pull = 1 - (1 - table(_PULL)[state]) * uniform(13)
+        neck, hip = true_mean[:, (1, 2)].mean(1), true_mean[:, (7, 8)].mean(1)
+        trunk = (neck - hip).norm(dim=-1, keepdim=True).clamp_min(4.0)
+        shortest, longest = _IMAGINED_LENGTH
+        down = trunk * (shortest + (longest - shortest) * uniform(1))
+        imagined = torch.cat([0.2 * down * normal(1), down], -1)
+        imagines = (state == OUTSIDE) & (uniform(1) < _IMAGINED_SHARE)
+        guess = true_mean.clone()
+        for joint in (*_LEFT_ARM[1:], *_RIGHT_ARM[1:], *_LEFT_LEG[1:], *_RIGHT_LEG[1:]):
+            parent = COCO13_PARENTS[joint]
+            step = (true_mean[:, joint] - true_mean[:, parent]) * pull[:, joint, None]
+            if joint in (*_LEFT_LEG, *_RIGHT_LEG):
+                step = torch.where(imagines[:, joint, None], imagined, step)
+            guess[:, joint] = guess[:, parent] + step
+
         # Elongated along the limb; nose, shoulders and hips in any direction.
-        limb = true_mean - true_mean[:, (0, *COCO13_PARENTS[1:])]
+        limb = guess - guess[:, (0, *COCO13_PARENTS[1:])]
         angle = torch.atan2(limb[..., 1], limb[..., 0]) + table(_AXIS_SPREAD)[state] * normal(13)
         free = torch.tensor([joint in (0, 1, 2, 7, 8) for joint in range(13)], device=state.device)
         angle = torch.where(free, 2 * math.pi * uniform(13), angle)
@@ -352,15 +373,10 @@ class PoseSimulator:
         # The error of the centre, distributed like the blob but scaled to what labels show.
         outlier = torch.where(uniform(13) < _OUTLIER_SHARE, _OUTLIER_FACTOR, 1.0)
         ratio = _interpolate(std, table(_ERROR_STD), table(_ERROR_RATIO)) * outlier
+        ratio = torch.where(state == OUTSIDE, _OUTSIDE_ERROR * ratio, ratio)
         error = ratio[..., None] * (
             (major * normal(13))[..., None] * direction + (minor * normal(13))[..., None] * across
         )
-        pull = 1 - (1 - table(_PULL)[state]) * uniform(13)
-        guess = true_mean.clone()
-        for joint in (*_LEFT_ARM[1:], *_RIGHT_ARM[1:], *_LEFT_LEG[1:], *_RIGHT_LEG[1:]):
-            parent = COCO13_PARENTS[joint]
-            step = true_mean[:, joint] - true_mean[:, parent]
-            guess[:, joint] = guess[:, parent] + step * pull[:, joint, None]
         return guess + error, covariance, amplitude
 
 

@@ -33,16 +33,16 @@ class LiftingTrainConfig:
     """
 
     seed: int = 0
-    steps: int = 50_000
+    steps: int = 33_000
     batch_size: int = 1024
     learning_rate: float = 2e-3
     warmup_steps: int = 500
-    decay_steps: int = 12_000
+    decay_steps: int = 25_000
     weight_decay: float = 1e-2
     clip_norm: float = 20.0
     mode_weight: float = 30.0
     mode_share: float = 0.25
-    subject_balance: float = 0.5
+    subject_balance: float = 0.1
     validate_every: int = 1000
     validation_size: int = 2048
     precision: str = "bf16"
