@@ -24,7 +24,8 @@ class HypothesisSampler:
 
     Args:
         flow: a FrEIA ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` or
-            ``GLOWCouplingBlock``, accelerated or not, or a :class:`fasthyp.flows.FlowProgram`.
+            ``GLOWCouplingBlock``, accelerated or not, or a :class:`fasthyp.flows.FlowProgram`
+            (whose opaque subnets run in the mode that they are in).
         precision: ``"highest"``, ``"high"`` or ``"medium"``.
 
     Raises:
@@ -75,9 +76,7 @@ class HypothesisSampler:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        executor = self._eval_executor()
-        program = executor.program
-        like = executor.like
+        executor, program, like = self._eval_mode()
         conditions = _conditions(cond, program.cond_dims, like)
         batch = conditions.shape[0] if conditions is not None else None
         noise_dim = program.dim
@@ -117,13 +116,17 @@ class HypothesisSampler:
             x, log_prob = _push(executor, conditions, z, fixed)
         return (x, log_prob) if return_log_prob else x
 
-    def _eval_executor(self) -> FlowExecutor:
-        flow = self.flow
-        if isinstance(flow, nn.Module) and any(part.training for part in flow.modules()):
+    def _eval_mode(self) -> tuple[FlowExecutor, FlowProgram, Tensor]:
+        """The flow as it is in eval mode, its program, and a tensor with its dtype and device."""
+        executor, flow = self._executor, self.flow
+        program, like = executor.program_and_like()
+        # Plain MLPs have no modes, and active dropout makes a subnet opaque.
+        modes = (part.training for subnet in program.opaque for part in subnet.modules())
+        if any(modes) and isinstance(flow, nn.Module):
             # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
-            copy = shared_clone(flow).eval()
-            return FlowExecutor(partial(describe, copy), self.precision)
-        return self._executor
+            executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
+            program, like = executor.program_and_like()
+        return executor, program, like
 
 
 @torch.no_grad()

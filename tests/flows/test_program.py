@@ -118,6 +118,14 @@ def test_changes_through_data_need_clear() -> None:
     assert not torch.equal(executor.forward(x, cond)[0], before)
 
 
+@torch.no_grad()
+def test_vmap() -> None:
+    executor = FlowExecutor(program())
+    x, cond = torch.randn(2, 3, 5), torch.randn(2, 5)
+    mapped = torch.func.vmap(lambda x, c: executor.forward(x[None], c[None])[0][0])(x, cond)
+    torch.testing.assert_close(mapped, executor.forward(x, cond)[0])
+
+
 def test_wrong_programs() -> None:
     mlp = MLP(linears(3, 8, 4))
     with pytest.raises(ValueError, match="distinct dims below 5"):

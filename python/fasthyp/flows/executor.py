@@ -33,14 +33,12 @@ class _Plan:
     """A program simplified for the present values of its permutations."""
 
     program: FlowProgram
+    indices: list[Tensor]
     index_stamp: Any
     layers: tuple[CouplingLayer, ...]
     output_index: tuple[int, ...]
     weights: list[Tensor]
-
-    def like(self) -> Tensor:
-        """A tensor with the dtype and device of the flow."""
-        return next(iter(self.weights or self.program.opaque_tensors()), torch.empty(0))
+    like: Tensor  # has the dtype and device of the flow
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +94,10 @@ class FlowExecutor:
         """The program of the module as it is now."""
         return self._current_plan().program
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor with the dtype and device of the flow."""
-        return self._current_plan().like()
+    def program_and_like(self) -> tuple[FlowProgram, Tensor]:
+        """The program, and a tensor that has the dtype and device of the flow."""
+        plan = self._current_plan()
+        return plan.program, plan.like
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data x (B, M, D), condition (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
@@ -127,7 +125,7 @@ class FlowExecutor:
         """
         plan = self._current_plan()
         like = next((t for t in (cond, fixed) if t is not None), None)
-        like = plan.like().new_empty(1, 0) if like is None else like
+        like = plan.like.new_empty(1, 0) if like is None else like
         batch, dim = like.shape[0], plan.program.dim
         packed = self._fused(plan, [like])
         if isinstance(packed, _Packed) and packed.whole is not None:
@@ -153,7 +151,7 @@ class FlowExecutor:
         """Whether calls without gradients are fused, and a sentence that says why or why not."""
         plan = self._current_plan()
         with torch.no_grad():
-            packed = self._fused(plan, [plan.like().detach()])
+            packed = self._fused(plan, [plan.like.detach()])
         if isinstance(packed, str):
             return False, f"reference: {packed}"
         fused = sum(map(_fusible, plan.layers))
@@ -181,7 +179,7 @@ class FlowExecutor:
     def _current_plan(self) -> _Plan:
         plan = self._plan
         if plan is not None and plan.program.watch.unchanged():
-            stamp = _stamp(plan.program.indices())
+            stamp = _stamp(plan.indices)
             if stamp is not None and plan.index_stamp == stamp:
                 return plan
             program = plan.program
@@ -190,8 +188,10 @@ class FlowExecutor:
             program = FlowProgram(old.dim, old.cond_dims, old.steps)
         else:
             program = self.source()
-        stamp = _stamp(program.indices())
-        self._plan = plan = _Plan(program, stamp, *program.layers(), program.tensors())
+        indices, weights = program.indices(), program.tensors()
+        like = next(iter(weights or program.opaque_tensors()), torch.empty(0))
+        stamp = _stamp(indices)
+        self._plan = plan = _Plan(program, indices, stamp, *program.layers(), weights, like)
         return plan
 
     def _fused(self, plan: _Plan, inputs: list[Tensor]) -> _Packed | str:
@@ -230,13 +230,13 @@ def _check_inputs(plan: _Plan, state: Tensor, cond: Tensor | None, name: str) ->
         raise ValueError(
             f"cond: expected shape ({state.shape[0]}, {cond_dim}), got {tuple(cond.shape)}"
         )
-    like = plan.like()
+    like = plan.like
     for what, tensor in ((name, state), ("cond", state if cond is None else cond)):
         if tensor.device != like.device:
             raise ValueError(
                 f"{what}: is on {tensor.device}, the flow's parameters are on {like.device}"
             )
-        if tensor.dtype != like.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype is not like.dtype and not torch.is_autocast_enabled(tensor.device.type):
             raise TypeError(f"{what}: expected {like.dtype} as the parameters, got {tensor.dtype}")
 
 
@@ -290,7 +290,7 @@ def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | CouplingLayer, 
     A single packed flow ends with the output index; several work on the bare state.
     """
     shape = plan.program.dim, plan.program.cond_dim
-    dtype = plan.like().dtype
+    dtype = plan.like.dtype
     if plan.layers and all(map(_fusible, plan.layers)):
         return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype),)
     same_order = tuple(range(plan.program.dim))

@@ -141,7 +141,10 @@ class FlowProgram:
         dim: width D of the state.
         cond_dims: widths of the conditions, concatenated in this order.
         steps: :class:`Coupling` and :class:`Permute`, in the direction data -> latent.
-        watch: what the front end wants watched beside the linears and permutations.
+        watch: what the front end wants watched beside the linears.
+
+    Attributes:
+        opaque: the subnets that are no plain MLPs.
     """
 
     def __init__(
@@ -155,6 +158,11 @@ class FlowProgram:
         self.cond_dims = tuple(cond_dims)
         self.steps = tuple(steps)
         self.watch = watch or Watch()
+        self.opaque = [
+            step.subnet.module
+            for step in self.steps
+            if isinstance(step, Coupling) and isinstance(step.subnet, Opaque)
+        ]
         for step in self.steps:
             if isinstance(step, Coupling):
                 _check_coupling(step, dim, sum(self.cond_dims))
@@ -183,12 +191,7 @@ class FlowProgram:
 
     def opaque_tensors(self) -> list[Tensor]:
         """Parameters of the opaque subnets."""
-        return [
-            tensor
-            for step in self.couplings
-            if isinstance(step.subnet, Opaque)
-            for tensor in step.subnet.module.parameters()
-        ]
+        return [tensor for module in self.opaque for tensor in module.parameters()]
 
     def indices(self) -> list[Tensor]:
         """The tensors of the permutations, whose values :meth:`layers` folds in."""
