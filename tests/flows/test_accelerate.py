@@ -93,6 +93,39 @@ def _pickled(module: nn.Module) -> Any:
     return pickle.loads(pickle.dumps(module))
 
 
+class OwnsItsOptimizer(nn.Module):
+    """As the ICCV 2021 code: optimizer, scheduler and a parameter list are attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inn = random_flow(9, (4,), graph="ReversibleGraphNet")
+        self.cond_net = nn.Linear(3, 4)
+        self.trainable = [p for p in self.inn.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trainable, lr=0.01)
+        self.optimizer.add_param_group({"params": self.cond_net.parameters()})
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 150, 0.5)
+
+    def forward(self, x: Tensor, gauss: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inn(x, self.cond_net(gauss))
+
+
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
+def test_a_model_that_owns_its_optimizer() -> None:
+    model = OwnsItsOptimizer()
+    fast: Any = flows.accelerate(model)
+    x, gauss = torch.randn(5, 9), torch.randn(5, 3)
+    with torch.no_grad():
+        before = fast(x, gauss)[0]
+    z, log_jac = fast(x, gauss)
+    (0.5 * z.square().sum() - log_jac.sum()).backward()
+    fast.optimizer.step()
+    fast.lr_scheduler.step()
+    with torch.no_grad():
+        after = fast(x, gauss)[0]
+        torch.testing.assert_close(after, model(x, gauss)[0], rtol=1e-4, atol=1e-4)
+    assert max_error(after, before) > 1e-3
+
+
 def test_own_classes_stay_what_they_are() -> None:
     net = random_flow(6, framework=flows, modules=flows)
     assert flows.restore(flows.accelerate(net)) is net

@@ -118,12 +118,18 @@ def test_changes_through_data_need_clear() -> None:
     assert not torch.equal(executor.forward(x, cond)[0], before)
 
 
-@torch.no_grad()
-def test_vmap() -> None:
-    executor = FlowExecutor(program())
+def test_function_transforms() -> None:
+    flow = program()
+    for tensor in flow.tensors():
+        tensor.requires_grad_(False)
+    executor = FlowExecutor(flow)
     x, cond = torch.randn(2, 3, 5), torch.randn(2, 5)
     mapped = torch.func.vmap(lambda x, c: executor.forward(x[None], c[None])[0][0])(x, cond)
     torch.testing.assert_close(mapped, executor.forward(x, cond)[0])
+    gradient = torch.func.grad(lambda x: executor.forward(x, cond)[0].square().sum())(x)
+    x.requires_grad_()
+    executor.forward(x, cond)[0].square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
 
 
 def test_wrong_programs() -> None:

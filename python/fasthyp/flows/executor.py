@@ -251,8 +251,6 @@ def _why_reference(plan: _Plan, inputs: list[Tensor]) -> str | None:
         return "forward-mode differentiation is active"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is active"
-    if any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in inputs):
-        return "an input is a tensor subclass"
     why = _unfit(inputs)
     if why is None and torch.is_grad_enabled():
         tensors = (*inputs, *plan.weights, *plan.program.opaque_tensors())
@@ -263,6 +261,8 @@ def _why_reference(plan: _Plan, inputs: list[Tensor]) -> str | None:
 
 def _unfit(tensors: list[Tensor]) -> str | None:
     for tensor in tensors:
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            return f"{type(tensor).__name__} is a tensor subclass"
         if tensor.device.type != "cpu":
             return f"on {tensor.device}, and the fused coupling kernels run on the CPU"
         if tensor.dtype not in _DTYPES:

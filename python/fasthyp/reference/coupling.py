@@ -74,7 +74,7 @@ def flow_forward(
     for layer in layers:
         state, change = affine_coupling(state, subnet(layer, state, cond), layer)
         log_jac = log_jac + change
-    return state.index_select(-1, _index(tuple(output_index), x.device)), log_jac
+    return _select(state, tuple(output_index)), log_jac
 
 
 def flow_inverse(
@@ -87,7 +87,7 @@ def flow_inverse(
     position = [0] * len(output_index)
     for k, slot in enumerate(output_index):
         position[slot] = k
-    state = z.index_select(-1, _index(tuple(position), z.device))
+    state = _select(z, tuple(position))
     log_jac = z.new_zeros(z.shape[:-1])
     for layer in reversed(layers):
         state, change = affine_coupling(state, subnet(layer, state, cond), layer, inverse=True)
@@ -97,11 +97,11 @@ def flow_inverse(
 
 def subnet(layer: CouplingLayer, state: Tensor, cond: Tensor | None) -> Tensor:
     """What the layer's subnet says about a state (B, M, D): raw [s | t], (B, M, 2 * active)."""
-    passive = state.index_select(-1, _index(layer.passive, state.device))
+    passive = _select(state, layer.passive)
     split, columns = len(layer.passive), None
     if layer.cond:
         assert cond is not None
-        columns = cond.index_select(-1, _index(layer.cond, cond.device))
+        columns = _select(cond, layer.cond)
     # One product of [passive, cond] where there is nothing to share: an opaque subnet, or a single
     # hypothesis per image, which then rounds exactly as the code that is replaced.
     if columns is not None and (layer.module is not None or state.shape[1] == 1):
@@ -131,10 +131,10 @@ def affine_coupling(
     """
     size = len(layer.active)
     s, t = log_scale(raw[..., :size], layer), raw[..., size:]
-    index = _index(layer.active, state.device)
-    active = state.index_select(-1, index)
+    active = _select(state, layer.active)
     changed = (active - t) * torch.exp(-s) if inverse else active * torch.exp(s) + t
     dtype = torch.promote_types(state.dtype, changed.dtype)  # they differ under autocast
+    index = _index(layer.active, state.device)
     state = state.to(dtype).index_copy(-1, index, changed.to(dtype))
     return state, -s.sum(-1) if inverse else s.sum(-1)
 
@@ -172,6 +172,13 @@ def _activate(x: Tensor, layer: CouplingLayer) -> Tensor:
     if kind == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
     raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {kind!r}")
+
+
+def _select(state: Tensor, slots: tuple[int, ...]) -> Tensor:
+    """state[..., slots], a view where the slots follow one another."""
+    if slots and slots == tuple(range(slots[0], slots[0] + len(slots))):
+        return state.narrow(-1, slots[0], len(slots))
+    return state.index_select(-1, _index(slots, state.device))
 
 
 def _index(slots: tuple[int, ...], device: torch.device) -> Tensor:
