@@ -119,7 +119,8 @@ def estimate(
         progress: called with the number of persons done since the last call.
 
     Raises:
-        ValueError: none of a person's heatmaps could be fitted, or an argument is out of range.
+        ValueError: none of a person's heatmaps could be fitted, the model gives no finite numbers,
+            or an argument is out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -152,6 +153,7 @@ def estimate(
             at_mode = sampler(cond, 1, seed=seed, include_mode=True)
             assert isinstance(at_mode, Tensor)
             poses, mode = 1000 * model.to_pose(x), 1000 * model.to_pose(at_mode)[:, 0]
+            _check_finite(poses, first + start)
             centred = poses - poses.mean(1, keepdim=True)
             covariance = torch.einsum("bmjx,bmjy->bjxy", centred, centred) / num_samples
             std = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
@@ -184,6 +186,12 @@ def check_memory(persons: int, num_samples: int) -> None:
             f"num_samples: {num_samples} hypotheses of {persons} persons need "
             f"{needed / 2**30:.1f} GiB, this machine has {memory / 2**30:.1f} GiB"
         )
+
+
+def _check_finite(poses: Tensor, first: int) -> None:
+    bad = (~poses.isfinite().flatten(1).all(1)).nonzero()
+    if len(bad):
+        raise ValueError(f"model: its hypotheses of person {first + int(bad[0])} are not finite")
 
 
 class _Clock:

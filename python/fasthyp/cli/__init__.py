@@ -246,7 +246,10 @@ def train_lifting(
 
     if config is None and resume:
         config = out / "config.json"
-    recipe = LiftingTrainConfig() if config is None else LiftingTrainConfig.from_json(config)
+    try:
+        recipe = LiftingTrainConfig() if config is None else LiftingTrainConfig.from_json(config)
+    except TypeError as error:
+        raise ValueError(f"{config}: a setting has a wrong type: {error}") from error
     recipe = replace(
         recipe,
         steps=recipe.steps if steps is None else steps,

@@ -208,7 +208,7 @@ def draw_uncertainty(ax: Axes, covariance: np.ndarray) -> Axes:
         names.setdefault(COCO13_JOINTS[joint].split("_")[-1], []).append(y)
     ax.set_yticks([float(np.mean(y)) for y in names.values()], list(names))
     ax.tick_params(axis="y", length=0, labelsize=12, labelcolor=style.INK)
-    ax.set(xlim=(0, 1.16 * total.max()), ylim=(max(rows.values()) + 0.5, -0.5))
+    ax.set(xlim=(0, 1.16 * max(total.max(), 1.0)), ylim=(max(rows.values()) + 0.5, -0.5))
     ax.set_xlabel("RMS distance from the mean (mm)\ndark: along the line of sight")
     ax.grid(True, axis="x")
     ax.spines["left"].set_visible(False)
