@@ -49,14 +49,15 @@ def through_freia(net: Any, z: Tensor, conds: list[Tensor]) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("samples", [1, 7, 1000, 4096])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("accelerated", [False, True])
-def test_hypotheses_are_the_flows(net: Any, cond: Tensor, samples: int, accelerated: bool) -> None:
-    flow = flows.accelerate(net) if accelerated else net
+def test_hypotheses_are_the_flows(net: Any, batch: int, samples: int, accelerated: bool) -> None:
+    flow, cond = flows.accelerate(net) if accelerated else net, torch.randn(batch, 4)
     x, log_prob = HypothesisSampler(flow)(cond, samples, seed=5, return_log_prob=True)
-    z = philox_normal(3, samples, 9, 5)
+    z = philox_normal(batch, samples, 9, 5)
     want, log_jac = through_freia(net, z, [cond])
-    assert x.shape == (3, samples, 9)
-    assert log_prob.shape == (3, samples)
+    assert x.shape == (batch, samples, 9)
+    assert log_prob.shape == (batch, samples)
     assert x.dtype == log_prob.dtype == torch.float32
     assert not x.requires_grad
     assert max_error(x, want) < 1e-4 * float(want.abs().max())

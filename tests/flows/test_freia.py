@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import multiprocessing
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -604,6 +605,13 @@ def test_autocast_and_inference_mode() -> None:
 # --- processes and threads --------------------------------------------------------------------
 
 
+@pytest.fixture
+def _restored_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 class _Sampled(Dataset):
     def __init__(self, flow: Any, x: Tensor, c: list[Tensor]) -> None:
         self.flow, self.x, self.c = flow, x, c
@@ -616,7 +624,9 @@ class _Sampled(Dataset):
             return self.flow(self.x, self.c)[0]
 
 
+@pytest.mark.usefixtures("_restored_threads")
 def test_workers_forked_after_use() -> None:
+    torch.set_num_threads(3)
     fast = flows.accelerate(random_flow(9, (4,)))
     x, c = inputs(fast, 300)
     with torch.no_grad():
@@ -629,11 +639,25 @@ def test_workers_forked_after_use() -> None:
     assert all(torch.equal(result[0], expected) for result in results)
 
 
-@pytest.fixture
-def _restored_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+@pytest.mark.usefixtures("_restored_threads")
+@torch.no_grad()
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    torch.set_num_threads(3)
+    fast = flows.accelerate(random_flow(9, (4,)))
+    x, c = inputs(fast, 300)
+    expected = fast(x, c)[0]
+
+    def child() -> None:  # leaves with 0 only if every result is right
+        for _ in range(3):
+            assert torch.equal(fast(x, c)[0], expected)
+
+    processes = [multiprocessing.get_context("fork").Process(target=child) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert torch.equal(fast(x, c)[0], expected)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
 
 
 @pytest.mark.usefixtures("_restored_threads")
