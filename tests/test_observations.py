@@ -39,6 +39,8 @@ def test_reads_npz_and_npy_of_17_or_13_joints(tmp_path: Path) -> None:
         assert read.size == (12, 10)
         np.testing.assert_array_equal(read.heatmaps.numpy(), body)
     assert read_observations(tmp_path / "a.npz").crop is not None
+    boxes = save(tmp_path / "c.npz", heatmaps=MAPS, crop=np.ones((2, 4)))
+    assert read_observations(boxes).crop is None
 
 
 def test_one_person_without_the_leading_dimension() -> None:

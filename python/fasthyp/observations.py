@@ -181,7 +181,7 @@ def from_keypoints(
 def read_observations(path: str | os.PathLike[str]) -> Observations:
     """Read a file; nothing in it is ever unpickled.
 
-    ``.npz`` with ``heatmaps`` and, if the picture is to be drawn, ``crop``
+    ``.npz`` with ``heatmaps`` and, if the picture is to be drawn, a uint8 ``crop``
     (:func:`from_heatmaps`); ``.npy`` with the heatmaps alone; or ``.npz`` with ``keypoints``,
     ``covariances`` and, if known, ``amplitudes`` and ``image_size`` (:func:`from_keypoints`).
 
@@ -205,6 +205,8 @@ def read_observations(path: str | os.PathLike[str]) -> Observations:
         heatmaps = array("heatmaps")
         if heatmaps is not None:
             crop = array("crop")
+            if crop is not None and (crop.dtype != np.uint8 or crop.ndim != heatmaps.ndim):
+                crop = None  # something else of that name
             return _naming(name, lambda: from_heatmaps(heatmaps, crop))
         keypoints, covariances = array("keypoints"), array("covariances")
         if keypoints is None or covariances is None:

@@ -125,24 +125,25 @@ def _print_summary(summary: dict[str, Any]) -> None:
     persons = summary["persons"]
     console.print(
         f"[bold]{persons} {'person' if persons == 1 else 'persons'}, "
-        f"{summary['num_samples']:,} hypotheses each[/], {summary['model']}, {summary['device']}, "
-        f"precision {summary['precision']}, seed {summary['seed']}"
+        f"{summary['num_samples']:,} hypotheses each[/]"
     )
-    spread = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
-    spread.title = "spread, mm" + (" (median over persons)" if persons > 1 else "")
-    for name in ("", "left", "right"):
-        spread.add_column(name, justify="right" if name else "left")
+    console.print(
+        f"{summary['model']}, {summary['device']}, precision {summary['precision']}, "
+        f"seed {summary['seed']}",
+        markup=False,
+    )
+    title = "spread, mm" if persons == 1 else "median spread, mm"
+    spread = Table(title, "left", "right", box=None, pad_edge=False)
     std = summary["std_mm"]
     spread.add_row("nose", f"{std['nose']:.0f}")
     for part in ("shoulder", "elbow", "wrist", "hip", "knee", "ankle"):
         spread.add_row(part, f"{std['left_' + part]:.0f}", f"{std['right_' + part]:.0f}")
-    times = Table(box=None, pad_edge=False, title_justify="left", title_style="bold")
-    times.title = "time, ms"
-    times.add_column()
-    times.add_column(justify="right")
+    times = Table("time", "ms", box=None, pad_edge=False)
     for stage, value in summary["seconds"].items():
         times.add_row(stage, f"{1000 * value:.1f}")
     times.add_row("in all", f"{1000 * sum(summary['seconds'].values()):.1f}")
+    for column in (*spread.columns[1:], times.columns[1]):
+        column.justify = "right"
     both = Table.grid(padding=(0, 6))
     both.add_row(spread, times)
     console.print(both)
