@@ -463,6 +463,25 @@ def test_other_blocks_run_as_freia() -> None:
     assert_same(net, fast)
 
 
+class Doubled(fm.GLOWCouplingBlock):
+    def _coupling1(self, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
+        y1, j1 = super()._coupling1(0.5 * x1 if rev else 2.0 * x1, u2, rev)
+        return y1, j1
+
+
+@torch.no_grad()
+def test_blocks_with_arithmetic_of_their_own_keep_it() -> None:
+    net = ff.SequenceINN(8)
+    for block in (fm.GLOWCouplingBlock, Doubled):
+        net.append(block, subnet_constructor=mlp(nn.ReLU()))
+    fast = flows.accelerate(net.eval())
+    x = torch.randn(5, 8)
+    close(fast(x)[0], net(x)[0])
+    assert "Doubled" in flows.explain(fast).rows[0]["reason"]
+    with pytest.raises(flows.UnsupportedFlow, match="Doubled"):
+        flows.describe(net.module_list[1])
+
+
 @torch.no_grad()
 def test_branching_graphs_and_images_run_as_freia() -> None:
     first, second = ff.InputNode(4, name="a"), ff.InputNode(4, name="b")

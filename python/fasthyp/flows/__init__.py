@@ -2,7 +2,8 @@
 
 from fasthyp.flows.accelerate import Report, accelerate, explain, restore
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.freia import (
+from fasthyp.flows.freia import describe
+from fasthyp.flows.freia_modules import (
     ConditionNode,
     GLOWCouplingBlock,
     GraphINN,
@@ -12,7 +13,6 @@ from fasthyp.flows.freia import (
     PermuteRandom,
     ReversibleGraphNet,
     SequenceINN,
-    describe,
 )
 from fasthyp.flows.program import (
     MLP,

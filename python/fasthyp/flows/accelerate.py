@@ -11,11 +11,12 @@ import FrEIA.framework as ff
 import FrEIA.modules as fm
 from torch import Tensor, nn
 
-from fasthyp.flows import freia
 from fasthyp.flows.executor import check_precision
+from fasthyp.flows.freia import describe
+from fasthyp.flows.freia_modules import MODULES, NODES, FusedFlow
 from fasthyp.flows.program import Opaque, UnsupportedFlow
 
-_CLASSES = {**freia.MODULES, **freia.NODES}
+_CLASSES = {**MODULES, **NODES}
 _FLOWS = (ff.GraphINN, ff.SequenceINN, fm.GLOWCouplingBlock)
 _originals: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
@@ -44,15 +45,15 @@ def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highe
     check_precision(precision)
     target = module if inplace else shared_clone(module)
     for part in target.modules():
-        if type(part) in freia.MODULES or isinstance(part, freia.FusedFlow):
+        if type(part) in MODULES or isinstance(part, FusedFlow):
             part.__dict__.setdefault("_accelerated_from", type(part))
             part.__dict__.pop("_flow", None)
             part.__dict__["precision"] = precision
             part.__class__ = _CLASSES.get(type(part), type(part))
             for node in getattr(part, "node_list", ()):
-                if type(node) in freia.NODES:
+                if type(node) in NODES:
                     node.__dict__["_accelerated_from"] = type(node)
-                    node.__class__ = freia.NODES[type(node)]
+                    node.__class__ = NODES[type(node)]
     if not inplace:
         _originals[target] = module
     return target
@@ -146,11 +147,11 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
     """Add the rows of one flow; True when a program covers everything inside."""
     kind = type(part).__name__
     try:
-        program = freia.describe(part)
+        program = describe(part)
     except UnsupportedFlow as error:
         report.add(name, kind, False, f"runs FrEIA's forward: {error}")
         return False
-    if not isinstance(part, freia.FusedFlow):
+    if not isinstance(part, FusedFlow):
         how = "subclass of a FrEIA class" if type(part) not in _CLASSES else "not accelerated"
         report.add(name, kind, False, f"{how}: runs FrEIA's forward")
         return False
