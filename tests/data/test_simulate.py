@@ -95,12 +95,45 @@ def test_without_augmentation_bones_keep_their_length() -> None:
 
 
 def test_augmented_limbs_stay_symmetric() -> None:
-    config = SimulationConfig(mix=0.0, trunk_deg=0.0, joint_deg=0.0, head_deg=0.0)
+    config = SimulationConfig(mix=0.0, joint_deg=0.0, head_deg=0.0, seated=0.0)
     lengths = bone_lengths(draw(500, config).clean_pose)
     left, right = lengths[:, [2, 4, 8, 10]], lengths[:, [3, 5, 9, 11]]
     torch.testing.assert_close(left, right, atol=1e-5, rtol=0)
     spread = (lengths[:, 4] / lengths[:, 10]).log().std()
     assert 0.045 < spread < 0.09  # two independent factors of 4%
+
+
+def test_seated_people() -> None:
+    pose = STANDING.repeat(1000, 1, 1)
+    config = SimulationConfig(mix=0.0, seated=1.0, joint_deg=0.0, scale_std=0.0, limb_std=0.0)
+    simulator = PoseSimulator(pose, config)
+    seated = simulator._augment(pose, torch.Generator().manual_seed(0))
+    thigh = (seated[:, 9] - seated[:, 7]) / 0.4206
+    shank = (seated[:, 11] - seated[:, 9]) / 0.4105
+    torch.testing.assert_close(thigh.norm(dim=-1), torch.ones(1000), atol=1e-3, rtol=0)
+    facing = (seated[:, 0, 0] - seated[:, 1, 0]).sign()  # along x: half of them are mirrored
+    assert (thigh[:, 0] * facing).mean() > 0.9
+    assert shank[:, 2].mean() < -0.9
+    assert thigh[:, 2].mean().abs() < 0.2
+
+
+def test_leaning_people_are_righted() -> None:
+    pose = PoseSimulator(people(1)).poses
+    leaning = pose.clone()
+    turn = camera_rotation(*degrees(0, 40, 0)) @ camera_rotation(*degrees(0, 0, 0)).T
+    to_camera = camera_rotation(*degrees(0, 0, 0))
+    leaning = leaning @ (to_camera.T @ turn @ to_camera).T
+
+    def lean(upright: float) -> Tensor:
+        config = SimulationConfig(mix=0.0, seated=0.0, trunk_deg=0.0, upright=upright)
+        simulator = PoseSimulator(leaning, config)
+        found = simulator._augment(leaning.repeat(500, 1, 1), torch.Generator().manual_seed(0))
+        neck = torch.nn.functional.normalize(found[:, 1] + found[:, 2], dim=-1)
+        return torch.rad2deg(neck[:, 2].acos())
+
+    assert lean(0.0).mean() == pytest.approx(40, abs=2)
+    assert lean(1.0).mean() == pytest.approx(20, abs=2)
+    assert lean(1.0).max() < 42
 
 
 def test_mixing_swaps_limbs_between_frames() -> None:

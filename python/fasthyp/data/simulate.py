@@ -62,6 +62,8 @@ class SimulationConfig:
         trunk_deg, joint_deg: spread of the random rotation of the trunk and each limb segment.
         head_deg: spread of the random head yaw.
         mix: chance that the legs, and each arm, come from another frame.
+        upright: chance that the trunk's lean is reduced, by a random share of it.
+        seated: chance that the legs are those of somebody sitting.
         noise_mm: isotropic Gaussian noise on the 3D target (after centring, so that the density
             has full rank).
         augment: False leaves the skeleton as it is (evaluation); cameras and 2D noise remain.
@@ -77,6 +79,8 @@ class SimulationConfig:
     joint_deg: float = 6.0
     head_deg: float = 20.0
     mix: float = 0.25
+    upright: float = 0.5
+    seated: float = 0.15
     noise_mm: float = 5.0
     augment: bool = True
 
@@ -157,6 +161,34 @@ class _Random:
         return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)
 
 
+def _seat(pose: Tensor, random: _Random) -> Tensor:
+    """Poses (B, 13, 3) with the thighs forward and the shanks down, each at random angles."""
+    pose = pose.clone()
+    left = pose[:, 7] - pose[:, 8]
+    sideways = torch.nn.functional.normalize(left * left.new_tensor([1.0, 1.0, 0.0]), dim=-1)
+    up = torch.zeros_like(left)
+    up[:, 2] = 1
+    forward = torch.cross(sideways, up, dim=-1)
+
+    def direction(pitch: Tensor, splay: Tensor) -> Tensor:
+        """Unit vectors: 0 points forward, a pitch of pi / 2 down, a splay of pi / 2 left."""
+        level = splay.cos()[:, None] * forward + splay.sin()[:, None] * sideways
+        return pitch.cos()[:, None] * level - pitch.sin()[:, None] * up
+
+    thigh_pitch, shank_pitch = 0.1 + 0.2 * random.normal(), 1.6 + 0.3 * random.normal()
+    for outward, (hip, knee, ankle) in ((1.0, _LEFT_LEG), (-1.0, _RIGHT_LEG)):
+        thigh = (pose[:, knee] - pose[:, hip]).norm(dim=-1, keepdim=True)
+        shank = (pose[:, ankle] - pose[:, knee]).norm(dim=-1, keepdim=True)
+        splay = outward * 0.15 + 0.2 * random.normal()
+        pose[:, knee] = pose[:, hip] + thigh * direction(
+            thigh_pitch + 0.15 * random.normal(), splay
+        )
+        pose[:, ankle] = pose[:, knee] + shank * direction(
+            shank_pitch + 0.2 * random.normal(), splay
+        )
+    return pose
+
+
 class PoseSimulator:
     """Draws :class:`SimulatedBatch` from motion capture poses.
 
@@ -225,6 +257,15 @@ class PoseSimulator:
                 other = other + (pose[:, joints[:1]] - other[:, joints[:1]])
             take = random.uniform(1, 1) < config.mix
             pose[:, joints] = torch.where(take, other[:, joints], pose[:, joints])
+
+        # Photographs show more upright and seated people than motion capture does.
+        trunk = torch.nn.functional.normalize(pose[:, 1] + pose[:, 2], dim=-1)
+        axis = torch.cross(trunk, up, dim=-1)
+        lean = torch.atan2(axis.norm(dim=-1), trunk[:, 2])
+        share = torch.where(random.uniform() < config.upright, random.uniform(), 0.0)
+        righting = _axis_angle(torch.nn.functional.normalize(axis, dim=-1), lean * share)
+        pose[:, _UPPER] = _rotate(pose[:, _UPPER], righting, torch.zeros_like(up))
+        pose = torch.where(random.uniform(1, 1) < config.seated, _seat(pose, random), pose)
 
         # Random rotations of the trunk, the head and every limb segment.
         def swing(joints: tuple[int, ...], pivot: Tensor, degrees: float) -> None:
