@@ -102,10 +102,10 @@ def test_same_seed_same_file(folder: Path, model: Path) -> None:
     assert main([*common, "-o", "split.npz", "--batch-size", "2"]) == 0
     assert main([*common, "-o", "second.npz", "--person", "1"]) == 0
     assert Path("a.npz").read_bytes() == Path("b.npz").read_bytes()
-    a, c, split, second = (np.load(f"{n}.npz")["hypotheses"] for n in ("a", "c", "split", "second"))
+    assert Path("a.npz").read_bytes() == Path("split.npz").read_bytes()
+    a, c, second = (np.load(f"{name}.npz")["hypotheses"] for name in ("a", "c", "second"))
     assert np.abs(a - c).max() > 1
-    np.testing.assert_allclose(split, a, rtol=1e-5, atol=1e-2)
-    np.testing.assert_allclose(second, a[1:2], rtol=1e-5, atol=1e-2)
+    np.testing.assert_array_equal(second, a[1:2])
 
 
 def test_the_summary_fits_one_screen(

@@ -84,9 +84,15 @@ def test_does_not_depend_on_batches(model: LiftingFlow, observations: Observatio
     split = estimate(observations, model, 30, seed=1, batch_size=2, progress=done.append)
     alone = estimate(observations.person(3), model, 30, seed=1, first=3)
     assert done == [2, 2, 1]
-    np.testing.assert_allclose(split.hypotheses, whole.hypotheses, rtol=1e-5, atol=1e-2)
-    np.testing.assert_allclose(split.log_prob, whole.log_prob, rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(alone.hypotheses[0], whole.hypotheses[3], rtol=1e-5, atol=1e-2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    single = estimate(observations, model, 30, seed=1)
+    torch.set_num_threads(threads)
+    for name in ("hypotheses", "log_prob", "mode", "std", "covariance"):
+        expected = getattr(whole, name)
+        np.testing.assert_array_equal(getattr(split, name), expected)
+        np.testing.assert_array_equal(getattr(single, name), expected)
+        np.testing.assert_array_equal(getattr(alone, name)[0], expected[3])
     other = estimate(observations, model, 30, seed=2)
     assert np.abs(other.hypotheses - whole.hypotheses).max() > 1
     assert np.abs(whole.hypotheses[0] - whole.hypotheses[1]).max() > 1
@@ -94,7 +100,7 @@ def test_does_not_depend_on_batches(model: LiftingFlow, observations: Observatio
 
 def test_more_samples_begin_with_the_same(model: LiftingFlow, observations: Observations) -> None:
     few, many = (estimate(observations, model, n).hypotheses for n in (1, 50))
-    np.testing.assert_allclose(many[:, :1], few, rtol=1e-5, atol=1e-2)
+    np.testing.assert_allclose(many[:, :1], few, rtol=1e-5, atol=1e-3)
     assert estimate(observations, model, 1).std.max() == 0
 
 
@@ -109,7 +115,7 @@ def test_unseen_joints_enter_as_wide_blobs(model: LiftingFlow, observations: Obs
     assert np.isfinite(result.hypotheses).all()
     np.testing.assert_array_equal(stored(result)["fit_converged"], expected)
     whole = estimate(observations, model, 20)
-    np.testing.assert_allclose(result.hypotheses[3:], whole.hypotheses[3:], rtol=1e-5, atol=1e-2)
+    np.testing.assert_array_equal(result.hypotheses[3:], whole.hypotheses[3:])
     # what was in the unseen map does not matter
     maps[0, 5], maps[0, 6] = 0.0, -torch.inf
     again = estimate(replace(observations, heatmaps=maps), model, 20)

@@ -143,8 +143,15 @@ def estimate(
                 observed = torch.ones(stop - start, JOINTS, dtype=torch.bool, device=device)
         with clock("condition"), torch.no_grad():
             filled = _fill_unseen(given, observed, observations.size, first + start)
-            cond = model.condition(
-                filled.amplitude, filled.mean, filled.covariance, observations.size
+            # One person at a time: a matrix product of another size rounds otherwise.
+            cond = torch.cat(
+                [
+                    model.condition(
+                        *(filled.amplitude[i : i + 1], filled.mean[i : i + 1]),
+                        *(filled.covariance[i : i + 1], observations.size),
+                    )
+                    for i in range(stop - start)
+                ]
             )
         with clock("sample"), torch.no_grad():
             x, log_prob = sampler(
@@ -152,7 +159,9 @@ def estimate(
             )
             at_mode = sampler(cond, 1, seed=seed, include_mode=True)
             assert isinstance(at_mode, Tensor)
-            poses, mode = 1000 * model.to_pose(x), 1000 * model.to_pose(at_mode)[:, 0]
+            x = torch.cat([at_mode, x], 1)
+            poses = 1000 * torch.stack([model.to_pose(rows) for rows in x])
+            mode, poses = poses[:, 0], poses[:, 1:]
             _check_finite(poses, first + start)
             centred = poses - poses.mean(1, keepdim=True)
             covariance = torch.einsum("bmjx,bmjy->bjxy", centred, centred) / num_samples
@@ -179,7 +188,9 @@ def estimate(
 
 def check_memory(persons: int, num_samples: int) -> None:
     """ValueError if the hypotheses of so many persons are more than this machine can hold."""
-    needed = 2 * 4 * persons * num_samples * (3 * JOINTS + 1)  # once as parts, once joined
+    # as parts and joined, and several times over while a batch is computed
+    copies = 2 * persons + 6 * min(persons, BATCH_SIZE)
+    needed = 4 * copies * num_samples * (3 * JOINTS + 1)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > 0.8 * memory:
         raise ValueError(
