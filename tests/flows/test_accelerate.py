@@ -32,9 +32,14 @@ class Model(nn.Module):
         return self.heads["pose"](x, self.backbone(image))[0] * self.scale
 
 
+@pytest.fixture(autouse=True)
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.delenv("FASTHYP_BACKEND", raising=False)
+
+
 @pytest.fixture
 def model() -> Model:
-    torch.manual_seed(0)
     return Model()
 
 
@@ -198,6 +203,19 @@ def test_a_module_that_cannot_be_copied() -> None:
     with pytest.raises(TypeError, match="use inplace=True"):
         flows.accelerate(net)
     assert flows.accelerate(net, inplace=True) is net
+
+
+@torch.no_grad()
+def test_a_deep_graph() -> None:
+    net = random_flow(6, blocks=150, hidden=4, spread=0.1).double()
+    fast = flows.accelerate(net)
+    assert all(row["accelerated"] for row in flows.explain(fast).rows)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(fast(x)[0], net(x)[0])
+    assert not {id(node) for node in fast.node_list} & {id(node) for node in net.node_list}
+    assert {id(node.module) for node in fast.node_list if node.module is not None} == {
+        id(module) for module in fast.module_list
+    }
 
 
 def test_medium_precision_is_near() -> None:

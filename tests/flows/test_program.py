@@ -23,6 +23,11 @@ from fasthyp.flows import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTHYP_BACKEND", raising=False)
+
+
 def linears(*widths: int) -> tuple[nn.Linear, ...]:
     return tuple(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 

@@ -87,7 +87,12 @@ def shared_clone(module: nn.Module) -> Any:
     for part in module.modules():
         for table in (part._parameters, part._buffers, part.__dict__):
             memo.update((id(v), v) for v in table.values() if isinstance(v, Tensor))
+    # The nodes of a graph form a linked list, too deep for a recursive copy: one node at a time.
+    nodes = [node for part in module.modules() for node in getattr(part, "node_list", ())]
+    memo.update((id(node), object.__new__(type(node))) for node in nodes)
     try:
+        for node in nodes:
+            memo[id(node)].__dict__.update(copy.deepcopy(node.__dict__, memo))
         return copy.deepcopy(module, memo)
     except Exception as error:
         raise TypeError(

@@ -198,10 +198,6 @@ class SequenceINN(FusedFlow, ff.SequenceINN):
     conditions: list[int | None]
     module_list: nn.ModuleList
 
-    def append(self, *args: Any, **kwargs: Any) -> None:
-        super().append(*args, **kwargs)
-        self.__dict__.pop("_flow", None)
-
     def forward(
         self,
         x_or_z: Tensor,
