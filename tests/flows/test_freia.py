@@ -482,6 +482,21 @@ def test_blocks_with_arithmetic_of_their_own_keep_it() -> None:
         flows.describe(net.module_list[1])
 
 
+def test_flows_with_a_forward_of_their_own_are_not_described() -> None:
+    class Shifted(ff.GraphINN):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out, log_jac = super().forward(*args, **kwargs)
+            return out + 1.0, log_jac
+
+    net = Shifted(random_flow(6).node_list)
+    with pytest.raises(flows.UnsupportedFlow, match="forward of its own"):
+        flows.describe(net)
+    patched = random_flow(6)
+    patched.module_list[2].forward = patched.module_list[2].forward
+    with pytest.raises(flows.UnsupportedFlow, match=r"module_list\.2 has a forward of its own"):
+        flows.describe(patched)
+
+
 @torch.no_grad()
 def test_branching_graphs_and_images_run_as_freia() -> None:
     first, second = ff.InputNode(4, name="a"), ff.InputNode(4, name="b")
