@@ -149,6 +149,10 @@ def test_single_block() -> None:
         (out,), log_jac = fast(x, c, rev=rev)
         close(out, peer)
         close(log_jac, peer_jac)
+    with pytest.raises(ValueError, match="c: expected 5 columns, got no tensor"):
+        fast(x)
+    with pytest.raises(ValueError, match=r"c\[0\]: expected shape \(5, 5\), got \(5, 3\)"):
+        fast(x, c[:1])
 
 
 # --- call forms -------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ class GLOWCouplingBlock(FusedFlow, fm.GLOWCouplingBlock):
         if not self._delegates():
             conditions = []
             if self.conditional:
+                if not len(c):
+                    raise ValueError(f"c: expected {self.condition_length} columns, got no tensor")
                 conditions = [torch.cat(tuple(c), 1) if len(c) > 1 else c[0]]
             try:
                 out, log_jac = self._run_rows(x[0], conditions, rev)
