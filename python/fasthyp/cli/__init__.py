@@ -22,6 +22,7 @@ app = typer.Typer(
     name="fasthyp",
     help="Probabilistic human pose estimation: hundreds of 3D hypotheses per person, fast.",
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )

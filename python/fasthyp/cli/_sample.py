@@ -165,9 +165,12 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 @contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on a terminal's stderr, nothing elsewhere; call it with what was done since."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total=total: None
+        return
     from rich.progress import Progress
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done, total=total: bar.update(task, advance=done, total=total)
