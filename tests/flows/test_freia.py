@@ -455,6 +455,18 @@ def test_clamp_of_the_users_own(subnet: Any) -> None:
 
 
 @torch.no_grad()
+def test_a_clamp_with_a_changing_constant_is_followed() -> None:
+    constant = [0.636]
+    net = random_flow(9, (4,), clamp_activation=lambda u: constant[0] * torch.atan(u))
+    fast = flows.accelerate(net)
+    x, c = inputs(net, 5)
+    before = fast(x, c)[0]
+    constant[0] = 0.3
+    close(fast(x, c)[0], net(x, c)[0])
+    assert max_error(fast(x, c)[0], before) > 1e-2
+
+
+@torch.no_grad()
 def test_other_blocks_run_as_freia() -> None:
     net = ff.SequenceINN(8)
     for block in (fm.GLOWCouplingBlock, fm.RNVPCouplingBlock, fm.AllInOneBlock):

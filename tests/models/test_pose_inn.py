@@ -46,6 +46,15 @@ def test_published_kind_of_checkpoint(path: Path) -> None:
     assert_stored_outputs(model, Golden(path.parent / "freia_old_clamp.npz"))
 
 
+def test_values_under_compile(golden: Golden, tmp_path: Path) -> None:
+    model = from_golden(golden, tmp_path)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        y, log_jac = compiled(golden["in/x"], golden["in/gauss"])
+    assert_as_good_as(y, golden["out/y"], golden["out64/y"])
+    assert_as_good_as(log_jac, golden["out/logjac"], golden["out64/logjac"])
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_values(
     golden: Golden, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
