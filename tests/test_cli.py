@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fasthyp
 from fasthyp.cli import main
+from fasthyp.cli._sample import demo_captions
 from fasthyp.models.lifting import LiftingFlow
 from tests.synthetic import people, write_mocap
 
@@ -280,6 +282,16 @@ def test_demo_draws_the_astronaut(folder: Path, capsys: pytest.CaptureFixture[st
     assert 1500 < width < 4000
     assert 700 < height < width
     assert sorted(os.listdir()) == ["fasthyp_demo.png", "in.npz"]
+
+
+def test_demo_captions_are_measured() -> None:
+    covariance = np.zeros((1, 13, 3, 3))
+    covariance[0, [1, 2, 11, 12]] = np.diag([9.0, 16.0, 10000.0])  # 5 mm across the image
+    covariance[0, [11, 12]] *= 100
+    result: Any = SimpleNamespace(covariance=covariance, hypotheses=np.zeros((1, 2000, 13, 3)))
+    title, subtitle = demo_captions(result)
+    assert title.startswith("2,000 poses")
+    assert "the ankles vary by 50 mm, the shoulders by 5 mm" in subtitle
 
 
 # --- train and evaluate ---

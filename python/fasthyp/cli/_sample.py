@@ -105,14 +105,16 @@ def load_model(path: Path | None, device: str = "cpu") -> LiftingFlow:
 
 def demo_captions(result: PoseHypotheses) -> tuple[str, str]:
     """Title and subtitle of the astronaut's picture."""
+    variance = np.diagonal(result.covariance[0], axis1=1, axis2=2)
+    across = np.sqrt(variance[:, 0] + variance[:, 1])
 
     def mm(part: str) -> str:
-        return f"{result.std[0][[name.endswith(part) for name in COCO13_JOINTS]].mean():.0f} mm"
+        return f"{across[[name.endswith(part) for name in COCO13_JOINTS]].mean():.0f} mm"
 
     return (
         f"{result.hypotheses.shape[1]:,} poses that fit one photograph",
-        "The legs are outside it, and the hypotheses say so: "
-        f"ankles vary by {mm('ankle')}, shoulders by {mm('shoulder')}",
+        f"The legs are outside it: across the image the ankles vary by {mm('ankle')}, "
+        f"the shoulders by {mm('shoulder')}. Depth is uncertain everywhere.",
     )
 
 
