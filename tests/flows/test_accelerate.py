@@ -86,6 +86,14 @@ def test_in_place(model: Model) -> None:
     assert set(flow.__dict__) == attributes
 
 
+def test_the_precision_may_be_changed_in_place(model: Model) -> None:
+    flows.accelerate(model, inplace=True)
+    assert "highest" in str(flows.explain(model))
+    flows.accelerate(model, inplace=True, precision="medium")
+    assert "medium" in str(flows.explain(model))
+    assert type(flows.restore(model).heads["pose"]) is ff.GraphINN
+
+
 def test_copies_of_an_accelerated_model_can_be_restored(model: Model) -> None:
     del model.view
     for twin in (copy.deepcopy(flows.accelerate(model)), _pickled(flows.accelerate(model))):
