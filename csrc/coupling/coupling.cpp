@@ -4,7 +4,7 @@
 #include <atomic>
 #include <bit>
 #include <cstring>
-#include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -92,6 +92,38 @@ constexpr int kMaxWidth = 1 << 20;
 bool distinct(std::vector<int> v) {
   std::sort(v.begin(), v.end());
   return std::adjacent_find(v.begin(), v.end()) == v.end();
+}
+
+// The first place at which `part` stands in `whole` as one piece; -1: nowhere.
+int find(const std::vector<int>& whole, const std::vector<int>& part) {
+  const auto at = std::search(whole.begin(), whole.end(), part.begin(), part.end());
+  return at == whole.end() && !part.empty() ? -1 : static_cast<int>(at - whole.begin());
+}
+
+// Keeps the order of the coupling before if that will do.
+void choose_order(Coupling& c, const std::vector<int>& active, const std::vector<int>& passive,
+                  const std::vector<int>& before) {
+  c.order = before;
+  c.active_at = find(before, active);
+  c.passive_at = find(before, passive);
+  if (c.active_at >= 0 && c.passive_at >= 0) return;
+  c.order = active;
+  c.order.insert(c.order.end(), passive.begin(), passive.end());
+  c.active_at = 0;
+  c.passive_at = static_cast<int>(active.size());
+  std::vector<bool> placed(before.size(), false);
+  for (const int slot : c.order) placed[slot] = true;
+  for (int slot = 0; slot < static_cast<int>(before.size()); ++slot)
+    if (!placed[slot]) c.order.push_back(slot);
+}
+
+// For each place of `now`, the place of the same slot in `then`; empty where they are the same.
+std::vector<int> moves(const std::vector<int>& now, const std::vector<int>& then) {
+  if (now == then) return {};
+  std::vector<int> place(then.size()), move(now.size());
+  for (std::size_t i = 0; i < then.size(); ++i) place[then[i]] = static_cast<int>(i);
+  for (std::size_t i = 0; i < now.size(); ++i) move[i] = place[now[i]];
+  return move;
 }
 
 std::uint16_t to_bf16(float v) {
@@ -191,30 +223,33 @@ Flow parse_plan(std::span<const std::int64_t> plan) {
   flow.element = static_cast<Element>(in.integer("element", 0, 2));
   flow.lanes = in.integer("lanes", 1, 64);
   const int couplings = in.integer("number of couplings", 0, 1 << 16);
-  flow.output_index = in.slots("output index", flow.dim, flow.dim);
-  if (!distinct(flow.output_index))
+  const std::vector<int> output_index = in.slots("output index", flow.dim, flow.dim);
+  if (!distinct(output_index))
     throw std::invalid_argument("flow plan: output index is no permutation");
+  std::vector<int> identity(flow.dim);
+  std::iota(identity.begin(), identity.end(), 0);
   const int step = flow.element == Element::bf16 ? 2 : 1;
   const auto bytes = static_cast<std::int64_t>(element_size(flow.element));
   std::int64_t offset = 0, hoisted = 0;
   for (int i = 0; i < couplings; ++i) {
     Coupling c;
-    const int active = in.integer("active count", 1, flow.dim);
-    const int passive = in.integer("passive count", 0, flow.dim);
+    c.active = in.integer("active count", 1, flow.dim);
+    c.passive = in.integer("passive count", 0, flow.dim);
     const bool reads_cond = in.integer("reads condition", 0, 1) != 0;
     const int layers = in.integer("layers", 1, 64);
     c.activation = static_cast<Activation>(in.integer("activation", 0, 5));
     c.clamp_activation = static_cast<Clamp>(in.integer("clamp activation", 0, 4));
     c.negative_slope = in.real();
     c.clamp = in.real();
-    c.active = in.slots("active slot", active, flow.dim);
-    c.passive = in.slots("passive slot", passive, flow.dim);
-    std::vector<int> both = c.active;
-    both.insert(both.end(), c.passive.begin(), c.passive.end());
+    const std::vector<int> active = in.slots("active slot", c.active, flow.dim);
+    const std::vector<int> passive = in.slots("passive slot", c.passive, flow.dim);
+    std::vector<int> both = active;
+    both.insert(both.end(), passive.begin(), passive.end());
     if (!distinct(both)) throw std::invalid_argument("flow plan: active and passive slots overlap");
+    choose_order(c, active, passive, i > 0 ? flow.couplings.back().order : identity);
     c.cond_padded = reads_cond ? static_cast<int>(round_up(flow.cond_dim, step)) : 0;
     c.hoisted = hoisted;
-    int width = passive, width_padded = static_cast<int>(round_up(passive, step)), chunk = kChunk;
+    int width = c.passive, width_padded = static_cast<int>(round_up(width, step)), chunk = kChunk;
     for (int l = 0; l < layers; ++l) {
       Layer layer;
       layer.in = width;
@@ -237,12 +272,22 @@ Flow parse_plan(std::span<const std::int64_t> plan) {
       chunk = std::max(kChunk / layer.block, 1) * layer.block;
       c.layers.push_back(layer);
     }
-    if (width != 2 * active)
+    if (width != 2 * c.active)
       throw std::invalid_argument("flow plan: the last layer must have 2 * active outputs");
     if (c.cond_padded > 0) hoisted += c.layers[0].out_padded();
     flow.couplings.push_back(std::move(c));
   }
   if (!in.done()) throw std::invalid_argument("flow plan: too long");
+  for (std::size_t i = 0; i + 1 < flow.couplings.size(); ++i) {
+    Coupling &a = flow.couplings[i], &b = flow.couplings[i + 1];
+    b.from_before = moves(b.order, a.order);
+    a.from_after = moves(a.order, b.order);
+  }
+  flow.first_slot = couplings > 0 ? flow.couplings.front().order : identity;
+  std::vector<int> latent(flow.dim);  // of a slot
+  for (int k = 0; k < flow.dim; ++k) latent[output_index[k]] = k;
+  for (const int slot : couplings > 0 ? flow.couplings.back().order : identity)
+    flow.last_latent.push_back(latent[slot]);
   flow.packed_bytes = std::max(offset, kAlign);
   flow.hoisted_width = hoisted;
   return flow;

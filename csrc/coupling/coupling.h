@@ -42,10 +42,16 @@ struct Layer {
 };
 
 struct Coupling {
-  std::vector<int> active, passive;  // state slots
-  std::vector<Layer> layers;         // layers[0] also reads the condition if cond_padded > 0
-  int cond_padded;                   // condition inputs as stored; 0: none
-  std::int64_t hoisted;              // column of its part in a row of hoisted first-layer sums
+  // The state of a row is kept in an order in which what a coupling reads and what it changes are
+  // each contiguous; couplings in a row mostly share one.
+  std::vector<int> order;        // slot at each place
+  int active, active_at;         // count and first place of the slots changed
+  int passive, passive_at;       // and of those read
+  std::vector<int> from_before;  // place now -> place in the coupling before; empty: the same
+  std::vector<int> from_after;   // and in the one after
+  std::vector<Layer> layers;     // layers[0] also reads the condition if cond_padded > 0
+  int cond_padded;               // condition inputs as stored; 0: none
+  std::int64_t hoisted;          // column of its part in a row of hoisted first-layer sums
   Activation activation;
   double negative_slope;
   Clamp clamp_activation;
@@ -55,9 +61,10 @@ struct Coupling {
 struct Flow {
   int dim, cond_dim;
   Element element;
-  int lanes;                      // outputs per vector of the SIMD level it was packed for
-  std::vector<int> output_index;  // z[k] = state[output_index[k]]
+  int lanes;  // outputs per vector of the SIMD level it was packed for
   std::vector<Coupling> couplings;
+  std::vector<int> first_slot;   // slot at each place of the first coupling's order
+  std::vector<int> last_latent;  // latent dim at each place of the last coupling's order
   std::int64_t packed_bytes;
   std::int64_t hoisted_width;  // numbers of hoisted first-layer sums per image
 };

@@ -41,7 +41,7 @@ struct Plain {
   static FASTHYP_INLINE Acc input(const In* x) { return splat<T>(*x); }
   static FASTHYP_INLINE Acc step(Acc acc, Acc x, Acc w) { return fma(x, w, acc); }
   static FASTHYP_INLINE void store_in(In* p, Acc v) { store<T>(p, v); }
-  static FASTHYP_INLINE In convert(State v) { return v; }
+  static void copy_in(In* to, const State* from, int count) { std::copy_n(from, count, to); }
 };
 
 #if defined(__AVX512BF16__)
@@ -64,11 +64,13 @@ struct Bf16 {
     const __m256bh b = _mm512_cvtneps_pbh((__m512)v);
     std::memcpy(p, &b, 32);
   }
-  static FASTHYP_INLINE In convert(State v) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    if (v != v) return static_cast<In>(bits >> 16 | 0x40);
-    return static_cast<In>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  // Writes up to 15 zeros more.
+  static void copy_in(In* to, const State* from, int count) {
+    for (int i = 0; i < count; i += kWidth) {
+      const int left = count - i;
+      const auto mask = static_cast<__mmask16>(left < kWidth ? (1 << left) - 1 : 0xffff);
+      store_in(to + i, (Acc)_mm512_maskz_loadu_ps(mask, from + i));
+    }
   }
 };
 #endif
@@ -253,17 +255,17 @@ class Mlp {
     raw = scratch.take<S>(kTile * sizes.output);
   }
 
-  In* x;   // (rows, ldx()): condition if it is not hoisted, then passive slots
+  In* x;   // (rows, ldx()), for inputs that have to be copied together
   S* raw;  // (rows, ldr()): the MLP's output
   std::ptrdiff_t ldx() const { return sizes_.input; }
   std::ptrdiff_t ldr() const { return sizes_.output; }
 
-  // hoisted[row]: the row's first-layer sums of bias and condition; null: x holds the condition.
-  void run(const Coupling& c, const std::byte* packed, int rows, const S* const* hoisted) {
+  // in (rows, ld): the passive slots. hoisted[row]: the row's first-layer sums of bias and
+  // condition; null: the condition comes before the passive slots.
+  void run(const Coupling& c, const std::byte* packed, const In* in, std::ptrdiff_t ld, int rows,
+           const S* const* hoisted) {
     packed_ = packed;
     coupling_ = &c;
-    const In* in = x;
-    std::ptrdiff_t ld = ldx();
     const int last = static_cast<int>(c.layers.size()) - 1;
     for (int l = 0; l + 1 < last; ++l) {
       hidden_blocks(l, 0, c.layers[l].blocks, in, ld, rows, hoisted, inner_[l % 2], sizes_.inner);
@@ -430,7 +432,7 @@ FASTHYP_INLINE void couple_row(T* x, const T* raw, int count, T clamp, coupling:
         lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(count - i) + IntVec<T>{};
     const Vec<T> s = select<T>(valid, soft_clamp<T>(load<T>(raw + i), clamp, kind), splat<T>(0));
     const Vec<T> t = load<T>(raw + count + i), v = load<T>(x + i);
-    store<T>(x + i, inverse ? (v - t) * exp<T>(-s) : fma(v, exp<T>(s), t));
+    store<T>(x + i, select<T>(valid, inverse ? (v - t) * exp<T>(-s) : fma(v, exp<T>(s), t), v));
     T* lane = sums + i % kSumLanes;
     store<T>(lane, load<T>(lane) + s);
   }
@@ -451,27 +453,26 @@ class FlowRows {
     thread_local Scratch scratch;
     const typename Mlp<P>::Sizes sizes(flow_);
     const auto room = std::min<std::int64_t>(kRowsAtOnce, end - begin);
-    const int gathered = round_up(flow_.dim, kSumLanes) + kSumLanes;
-    scratch.reserve(sizes.bytes() + Scratch::bytes<S>(room * flow_.dim) +
+    const auto numbers = static_cast<std::size_t>(room) * flow_.dim + kSumLanes;
+    scratch.reserve(sizes.bytes() + 2 * Scratch::bytes<S>(numbers) +
                     Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
-                    Scratch::bytes<const S*>(room) + Scratch::bytes<S>(gathered) +
-                    Scratch::bytes<float>(flow_.dim));
+                    Scratch::bytes<const S*>(room) + Scratch::bytes<float>(flow_.dim));
     Mlp<P> mlp(sizes, scratch);
-    state_ = scratch.template take<S>(room * flow_.dim);
+    state_ = scratch.template take<S>(numbers);
+    other_ = scratch.template take<S>(numbers);
     sums_ = scratch.template take<S>(room * kSumLanes);
     base_ = scratch.template take<S>(room);
     hoisted_ = scratch.template take<const S*>(room);
-    gathered_ = scratch.template take<S>(gathered);
     noise_ = scratch.template take<float>(flow_.dim);
-    std::fill_n(gathered_, gathered, S(0));
+    // Vectors may reach behind the last row's numbers: what they find there must be numbers.
+    std::fill_n(state_, numbers, S(0));
+    std::fill_n(other_, numbers, S(0));
     std::fill_n(mlp.raw, kTile * sizes.output, S(0));
     for (std::int64_t row = begin; row < end; row += room)
       chunk(mlp, row, static_cast<int>(std::min(room, end - row)));
   }
 
  private:
-  static int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
   std::int64_t image_of(std::int64_t row) const {
     return job_.image_of ? job_.image_of[row] : row / call_.per_image;
   }
@@ -486,54 +487,64 @@ class FlowRows {
     const int count = static_cast<int>(flow_.couplings.size());
     for (int i = 0; i < count; ++i) {
       const Coupling& c = flow_.couplings[call_.inverse ? count - 1 - i : i];
+      const std::vector<int>& move = call_.inverse ? c.from_after : c.from_before;
+      if (!move.empty()) reorder(move, rows);
       for (int r = 0; r < rows; r += kTile)
         couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
     }
     store_state(first, rows);
   }
 
+  void reorder(const std::vector<int>& move, int rows) {
+    const int dim = flow_.dim;
+    for (int r = 0; r < rows; ++r) {
+      const S* from = state_ + static_cast<std::ptrdiff_t>(r) * dim;
+      S* to = other_ + static_cast<std::ptrdiff_t>(r) * dim;
+      for (int k = 0; k < dim; ++k) to[k] = from[move[k]];
+    }
+    std::swap(state_, other_);
+  }
+
   void couple_tile(Mlp<P>& mlp, const Coupling& c, std::int64_t first, int row, int rows) {
-    const int cond = job_.hoisted ? 0 : c.cond_padded;
-    const int passive = static_cast<int>(c.passive.size()),
-              active = static_cast<int>(c.active.size());
-    const int* slots = c.passive.data();
-    for (int r = 0; r < rows; ++r) {
-      In* x = mlp.x + r * mlp.ldx();
-      const S* state = state_ + (row + r) * flow_.dim;
-      if (cond > 0) {
-        const S* given =
-            static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
-        for (int k = 0; k < flow_.cond_dim; ++k) x[k] = P::convert(given[k]);
-        std::fill(x + flow_.cond_dim, x + cond, In(0));
+    S* state = state_ + static_cast<std::ptrdiff_t>(row) * flow_.dim;
+    const bool reads_cond = c.cond_padded > 0 && !job_.hoisted;
+    const In* in = mlp.x;
+    std::ptrdiff_t ld = mlp.ldx();
+    if (std::is_same_v<S, In> && !reads_cond && c.passive > 0) {
+      in = reinterpret_cast<const In*>(state + c.passive_at);  // as it lies there
+      ld = flow_.dim;
+    } else {
+      for (int r = 0; r < rows; ++r) {
+        In* x = mlp.x + r * mlp.ldx();
+        if (reads_cond) {
+          const S* given =
+              static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
+          P::copy_in(x, given, flow_.cond_dim);
+          std::fill(x + flow_.cond_dim, x + c.cond_padded, In(0));
+          x += c.cond_padded;
+        }
+        P::copy_in(x, state + r * flow_.dim + c.passive_at, c.passive);
+        std::fill(x + c.passive, x + c.layers[0].in_padded, In(0));
       }
-      for (int k = 0; k < passive; ++k) x[cond + k] = P::convert(state[slots[k]]);
-      std::fill(x + cond + passive, x + cond + c.layers[0].in_padded, In(0));
     }
-    mlp.run(c, call_.packed, rows, job_.hoisted ? hoisted_ + row : nullptr);
-    slots = c.active.data();
-    for (int r = 0; r < rows; ++r) {
-      S* state = state_ + (row + r) * flow_.dim;
-      for (int k = 0; k < active; ++k) gathered_[k] = state[slots[k]];
-      couple_row<S>(gathered_, mlp.raw + r * mlp.ldr(), active, static_cast<S>(c.clamp),
-                    c.clamp_activation, call_.inverse, sums_ + (row + r) * kSumLanes);
-      for (int k = 0; k < active; ++k) state[slots[k]] = gathered_[k];
-    }
+    mlp.run(c, call_.packed, in, ld, rows, job_.hoisted ? hoisted_ + row : nullptr);
+    for (int r = 0; r < rows; ++r)
+      couple_row<S>(state + r * flow_.dim + c.active_at, mlp.raw + r * mlp.ldr(), c.active,
+                    static_cast<S>(c.clamp), c.clamp_activation, call_.inverse,
+                    sums_ + (row + r) * kSumLanes);
   }
 
   void load_state(std::int64_t first, int rows) {
     const int dim = flow_.dim;
+    const int* place = (call_.inverse ? flow_.last_latent : flow_.first_slot).data();
     for (int r = 0; r < rows; ++r) {
-      S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
-      if (!call_.input) {
-        base_[r] = draw(first + r, gathered_);
-        for (int k = 0; k < dim; ++k) state[flow_.output_index[k]] = gathered_[k];
-        continue;
-      }
       const S* in = static_cast<const S*>(call_.input) + (first + r) * dim;
-      if (call_.inverse)
-        for (int k = 0; k < dim; ++k) state[flow_.output_index[k]] = in[k];
-      else
-        std::copy_n(in, dim, state);
+      if (!call_.input) {
+        base_[r] = draw(first + r, other_);
+        in = other_;
+      }
+      S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
+      for (int k = 0; k < dim; ++k) state[k] = in[place[k]];
     }
   }
 
@@ -558,13 +569,11 @@ class FlowRows {
 
   void store_state(std::int64_t first, int rows) {
     const int dim = flow_.dim;
+    const int* place = (call_.inverse ? flow_.first_slot : flow_.last_latent).data();
     for (int r = 0; r < rows; ++r) {
       const S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
       S* out = static_cast<S*>(call_.output) + (first + r) * dim;
-      if (call_.inverse)
-        std::copy_n(state, dim, out);
-      else
-        for (int k = 0; k < dim; ++k) out[k] = state[flow_.output_index[k]];
+      for (int k = 0; k < dim; ++k) out[place[k]] = state[k];
       const S log_det = sum_lanes(sums_ + r * kSumLanes);
       S& result = static_cast<S*>(call_.log_det)[first + r];
       // Of the inverse, -log_det; the density of a drawn output is the noise's less log|dx/dz|.
@@ -575,7 +584,7 @@ class FlowRows {
   const RowsJob& job_;
   const Call& call_;
   const Flow& flow_;
-  S *state_ = nullptr, *sums_ = nullptr, *base_ = nullptr, *gathered_ = nullptr;
+  S *state_ = nullptr, *other_ = nullptr, *sums_ = nullptr, *base_ = nullptr;
   const S** hoisted_ = nullptr;
   float* noise_ = nullptr;
 };
@@ -589,6 +598,7 @@ template <class P>
 void hoist(const Flow& flow, const std::byte* packed, const void* cond, std::int64_t images,
            std::int64_t begin, std::int64_t end, void* hoisted) {
   using S = typename P::State;
+  using In = typename P::In;
   thread_local Scratch scratch;
   const typename Mlp<P>::Sizes sizes(flow);
   scratch.reserve(sizes.bytes());
@@ -596,9 +606,9 @@ void hoist(const Flow& flow, const std::byte* packed, const void* cond, std::int
   for (std::int64_t image = 0; image < images; image += kTile) {
     const int count = static_cast<int>(std::min<std::int64_t>(kTile, images - image));
     for (int r = 0; r < count; ++r) {
-      const S* given = static_cast<const S*>(cond) + (image + r) * flow.cond_dim;
-      for (int k = 0; k < flow.cond_dim; ++k) mlp.x[r * mlp.ldx() + k] = P::convert(given[k]);
-      if (P::kStep > 1 && flow.cond_dim % P::kStep) mlp.x[r * mlp.ldx() + flow.cond_dim] = 0;
+      In* x = mlp.x + r * mlp.ldx();
+      P::copy_in(x, static_cast<const S*>(cond) + (image + r) * flow.cond_dim, flow.cond_dim);
+      if (flow.cond_dim % P::kStep) x[flow.cond_dim] = 0;
     }
     std::int64_t unit = 0;
     for (const Coupling& c : flow.couplings) {
