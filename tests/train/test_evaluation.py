@@ -91,7 +91,8 @@ def test_evaluate_heatmaps(tmp_path: Path, bundled: LiftingFlow) -> None:
     result = evaluate_heatmaps(bundled, tmp_path / "maps.npz", num_samples=50)
     assert result["persons"] == 3
     assert result["reprojection_cells"] < 4
-    assert set(result["spread_mm"]) == set(COCO13_JOINTS)
+    assert list(result["spread_mm"]) == list(COCO13_JOINTS)
+    assert all(0 < result["spread_xy_mm"][j] < result["spread_mm"][j] for j in COCO13_JOINTS)
 
     np.savez(tmp_path / "bad.npz", heatmaps=np.zeros((3, 5, 64, 64)))
     with pytest.raises(ValueError, match="13 or 17"):

@@ -186,7 +186,8 @@ def evaluate_heatmaps(
         fitted mean; ``reprojection_sharp_cells``: over joints with a fitted std below 1.8 cells;
         ``reprojection_sigmas``: median distance over the fitted std; ``mode_reprojection_cells``:
         of the z = 0 hypothesis alone; ``spread_mm``: per joint, median over persons of the root
-        mean square distance of the hypotheses to their mean.
+        mean square distance of the hypotheses to their mean; ``spread_xy_mm``: the same in the
+        plane of the picture.
     """
     from fasthyp.heatmaps import fit_gaussians
 
@@ -209,7 +210,8 @@ def evaluate_heatmaps(
     assert isinstance(pose, Tensor)
     distance = reprojection_distance(pose, mean, covariance)
     std = torch.linalg.det(covariance).clamp_min(0).pow(0.25)[:, None]
-    spread = 1000 * (pose - pose.mean(1, keepdim=True)).square().sum(-1).mean(1).sqrt()
+    variance = (1000 * pose).var(1, correction=0)
+    spread, flat_spread = variance.sum(-1).sqrt(), variance[..., :2].sum(-1).sqrt()
     return {
         "persons": len(heatmaps),
         "num_samples": num_samples,
@@ -219,4 +221,7 @@ def evaluate_heatmaps(
         "reprojection_sigmas": float((distance / std).median()),
         "mode_reprojection_cells": float(distance[:, 0].median()),
         "spread_mm": dict(zip(COCO13_JOINTS, spread.median(0).values.tolist(), strict=True)),
+        "spread_xy_mm": dict(
+            zip(COCO13_JOINTS, flat_spread.median(0).values.tolist(), strict=True)
+        ),
     }
