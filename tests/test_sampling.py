@@ -296,6 +296,12 @@ def test_bad_input(net: Any, arguments: dict[str, Any], error: type, message: st
         HypothesisSampler(net)(**{"cond": torch.randn(3, 4), **arguments})
 
 
+def test_fixed_latents_of_other_images() -> None:
+    net = random_flow(9, (4,), clamp_activation=lambda u: u / (1 + u.abs()))
+    with pytest.raises(ValueError, match=r"fixed: expected shape \(3, F\)"):
+        HypothesisSampler(net)(torch.randn(3, 4), fixed=torch.randn(1, 2))
+
+
 def test_two_conditions_are_checked_each() -> None:
     sampler = HypothesisSampler(random_flow(9, (4, 2)))
     for conds, message in (

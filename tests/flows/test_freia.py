@@ -444,6 +444,20 @@ def test_opaque_subnets(subnet: Any, reason: str) -> None:
 
 
 @pytest.mark.parametrize("subnet", [None, Residual, _SomePlain()])
+class Wrapped(torch.Tensor):
+    """Memory that need not be what a kernel takes it for (quantised, distributed, ...)."""
+
+
+@torch.no_grad()
+def test_weights_of_a_tensor_subclass() -> None:
+    net = random_flow(9, (4,))
+    net.module_list[2].subnet1[0].weight = nn.Parameter(torch.randn(32, 8).as_subclass(Wrapped))
+    fast = flows.accelerate(net)
+    assert "Wrapped is a tensor subclass" in flows.explain(fast).rows[0]["reason"]
+    x, c = inputs(net, 5)
+    close(fast(x, c)[0].as_subclass(Tensor), net(x, c)[0].as_subclass(Tensor))
+
+
 @torch.no_grad()
 def test_clamp_of_the_users_own(subnet: Any) -> None:
     net = random_flow(

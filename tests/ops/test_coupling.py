@@ -450,6 +450,17 @@ def test_hoisting_is_exact_algebra() -> None:
         torch.testing.assert_close(hoisted[1].reshape(20, 1), plain[1])
 
 
+def test_gradients_after_use_in_inference_mode() -> None:
+    layers, index = random_layers(6, 3)
+    x, cond = random_inputs(2, 3, 6, 3)
+    reference._cached_index.cache_clear()
+    with torch.inference_mode():
+        reference.flow_forward(layers, index, x, cond)
+    x.requires_grad_()
+    reference.flow_forward(layers, index, x, cond)[0].sum().backward()
+    assert x.grad is not None
+
+
 def test_unknown_names() -> None:
     layers, index = random_layers(6, 3, count=1)
     x, cond = random_inputs(1, 1, 6, 3)
