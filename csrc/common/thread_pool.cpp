@@ -91,35 +91,36 @@ class Pool {
 };
 
 // Never destroyed: workers may still wait on it while the process exits.
-std::atomic<Pool*> g_pool{nullptr};
+std::atomic<Pool*> g_pool{new Pool};
 std::atomic<bool> g_forked{false};
+
+// A forked child has none of the parent's threads, perhaps a locked mutex: it gets a new pool.
+// Registered when the module is loaded, since the first fork may come before the first region.
+[[maybe_unused]] const int g_at_fork = pthread_atfork(nullptr, nullptr, [] {
+  g_pool = new Pool;
+  g_forked = true;
+});
 
 // libgomp's entry points; LLVM's and Intel's runtimes have them too.
 struct OpenMp {
-  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
-  int (*in_parallel)() = nullptr;
-  explicit operator bool() const { return parallel && in_parallel; }
+  void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
+  int (*in_parallel)();
 };
 
-struct State {
-  OpenMp openmp;
-  State() {
-    g_pool = new Pool;
-    openmp.parallel =
-        reinterpret_cast<decltype(openmp.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    openmp.in_parallel =
-        reinterpret_cast<decltype(openmp.in_parallel)>(dlsym(RTLD_DEFAULT, "omp_in_parallel"));
-    // A forked child has none of the parent's workers, perhaps a locked mutex: it gets a new pool.
-    pthread_atfork(nullptr, nullptr, [] {
-      g_pool = new Pool;
-      g_forked = true;
-    });
-  }
-};
+template <class F>
+void look_up(F& function, const char* name) {
+  function = reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+}
 
-State& state() {
-  static State s;
-  return s;
+// Looked up at the first region, when PyTorch is certainly loaded.
+const OpenMp& openmp() {
+  static const OpenMp found = [] {
+    OpenMp o;
+    look_up(o.parallel, "GOMP_parallel");
+    look_up(o.in_parallel, "omp_in_parallel");
+    return o;
+  }();
+  return found;
 }
 
 struct Region {
@@ -136,12 +137,13 @@ void run_parallel(Task task, void* context, int shards) {
     if (shards == 1) task(context, 0, 1);
     return;
   }
-  const OpenMp& openmp = state().openmp;
-  if (!openmp || g_forked.load(std::memory_order_relaxed) || openmp.in_parallel())
+  const OpenMp& omp = openmp();
+  if (g_forked.load(std::memory_order_relaxed) || !omp.parallel || !omp.in_parallel ||
+      omp.in_parallel())
     return g_pool.load()->run(task, context, shards);
   // The runtime may grant fewer threads than asked for, so shards are handed out, not assigned.
   Region region{task, context, shards};
-  openmp.parallel(
+  omp.parallel(
       [](void* given) {
         auto& r = *static_cast<Region*>(given);
         for (int i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.shards;)
