@@ -130,6 +130,8 @@ def test_save_and_load(freia: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = PoseINN(hidden=12, freia=freia).eval()
     model.save(tmp_path / "model.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == ["net"]
     loaded = PoseINN.from_checkpoint(tmp_path / "model.pt")
     x, gauss = torch.randn(3, 48), torch.randn(3, 78)
     with torch.no_grad():

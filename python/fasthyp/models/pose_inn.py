@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthyp._files import replacing
 from fasthyp.flows import GLOWCouplingBlock, PermuteRandom, SequenceINN
 from fasthyp.flows.freia_old import OldGLOWCouplingBlock, OldInputNode, OldPermuteRandom
 from fasthyp.sampling import HypothesisSampler
@@ -147,8 +148,13 @@ class PoseINN(nn.Module):
         return model.to(device).eval()
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write ``{'net': state_dict}``, which :meth:`from_checkpoint` reads."""
-        torch.save({"net": self.state_dict()}, path)
+        """Write ``{'net': state_dict}``, which :meth:`from_checkpoint` reads.
+
+        Raises:
+            OSError: the file cannot be written; nothing is left behind.
+        """
+        with replacing(path) as temporary:
+            torch.save({"net": self.state_dict()}, temporary)
 
 
 def _read_state(path: str | PathLike[str], device: torch.device | str) -> dict[str, Tensor]:
