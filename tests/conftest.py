@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
 
+torch.set_num_threads(1)  # the tensors are small; tests of threads set a number of their own
+
 
 def golden_files(pattern: str) -> list[Any]:
     """The golden files that match a glob pattern, as pytest parameters."""

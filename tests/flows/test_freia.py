@@ -443,7 +443,6 @@ def test_opaque_subnets(subnet: Any, reason: str) -> None:
     assert_same(net, fast)
 
 
-@pytest.mark.parametrize("subnet", [None, Residual, _SomePlain()])
 class Wrapped(torch.Tensor):
     """Memory that need not be what a kernel takes it for (quantised, distributed, ...)."""
 
@@ -458,6 +457,7 @@ def test_weights_of_a_tensor_subclass() -> None:
     close(fast(x, c)[0].as_subclass(Tensor), net(x, c)[0].as_subclass(Tensor))
 
 
+@pytest.mark.parametrize("subnet", [None, Residual, _SomePlain()])
 @torch.no_grad()
 def test_clamp_of_the_users_own(subnet: Any) -> None:
     net = random_flow(

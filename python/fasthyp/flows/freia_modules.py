@@ -197,6 +197,7 @@ class ReversibleGraphNet(_FusedGraph, ff.ReversibleGraphNet):
 class SequenceINN(FusedFlow, ff.SequenceINN):
     """``FrEIA.framework.SequenceINN``, fused where it is a chain of couplings and permutations."""
 
+    append: Callable[..., None]
     conditions: list[int | None]
     module_list: nn.ModuleList
 
