@@ -38,22 +38,22 @@ T wait_change(std::atomic<T>& value, T old) {
   return now;
 }
 
-// Our own workers: one region at a time; a caller that finds them busy runs its shards itself.
+// Our own workers: one region at a time; a caller that finds them busy is a team of one.
 class Pool {
  public:
-  void run(Task task, void* context, int shards) {
+  void run(Task task, void* context, int threads) {
     std::unique_lock lock(busy_, std::try_to_lock);
-    if (!lock.owns_lock() || !grow(shards - 1)) {
-      for (int i = 0; i < shards; ++i) task(context, i, shards);
+    if (!lock.owns_lock() || !grow(threads - 1)) {
+      task(context, 0, 1);
       return;
     }
     task_ = task;
     context_ = context;
-    shards_ = shards;
+    threads_ = threads;
     pending_.store(workers_, std::memory_order_relaxed);
     region_.fetch_add(1, std::memory_order_release);
     region_.notify_all();
-    task(context, 0, shards);
+    task(context, 0, threads);
     for (int left = pending_.load(std::memory_order_acquire); left != 0;)
       left = wait_change(pending_, left);
   }
@@ -76,7 +76,7 @@ class Pool {
   void work(int index, unsigned seen) {
     for (;;) {
       seen = wait_change(region_, seen);
-      if (index < shards_) task_(context_, index, shards_);
+      if (index < threads_) task_(context_, index, threads_);
       if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_one();
     }
   }
@@ -85,7 +85,7 @@ class Pool {
   int workers_ = 0;
   Task task_ = nullptr;
   void* context_ = nullptr;
-  int shards_ = 0;
+  int threads_ = 0;
   std::atomic<unsigned> region_{0};
   std::atomic<int> pending_{0};
 };
@@ -105,6 +105,9 @@ std::atomic<bool> g_forked{false};
 struct OpenMp {
   void (*parallel)(void (*body)(void*), void* context, unsigned threads, unsigned flags);
   int (*in_parallel)();
+  int (*thread_num)();
+  int (*num_threads)();
+  bool complete() const { return parallel && in_parallel && thread_num && num_threads; }
 };
 
 template <class F>
@@ -118,6 +121,8 @@ const OpenMp& openmp() {
     OpenMp o;
     look_up(o.parallel, "GOMP_parallel");
     look_up(o.in_parallel, "omp_in_parallel");
+    look_up(o.thread_num, "omp_get_thread_num");
+    look_up(o.num_threads, "omp_get_num_threads");
     return o;
   }();
   return found;
@@ -126,30 +131,33 @@ const OpenMp& openmp() {
 struct Region {
   Task task;
   void* context;
-  int shards;
-  std::atomic<int> next{0};
 };
 
 }  // namespace
 
-void run_parallel(Task task, void* context, int shards) {
-  if (shards <= 1) {
-    if (shards == 1) task(context, 0, 1);
+void relax(int spins) {
+  if (spins < 4000)
+    pause_cpu();
+  else
+    std::this_thread::yield();  // the thread waited for may need this core
+}
+
+void run_team(Task task, void* context, int threads) {
+  if (threads <= 1) {
+    if (threads == 1) task(context, 0, 1);
     return;
   }
   const OpenMp& omp = openmp();
-  if (g_forked.load(std::memory_order_relaxed) || !omp.parallel || !omp.in_parallel ||
-      omp.in_parallel())
-    return g_pool.load()->run(task, context, shards);
-  // The runtime may grant fewer threads than asked for, so shards are handed out, not assigned.
-  Region region{task, context, shards};
+  if (g_forked.load(std::memory_order_relaxed) || !omp.complete() || omp.in_parallel())
+    return g_pool.load()->run(task, context, threads);
+  Region region{task, context};
   omp.parallel(
       [](void* given) {
         auto& r = *static_cast<Region*>(given);
-        for (int i; (i = r.next.fetch_add(1, std::memory_order_relaxed)) < r.shards;)
-          r.task(r.context, i, r.shards);
+        // The runtime may grant fewer threads than asked for.
+        r.task(r.context, openmp().thread_num(), openmp().num_threads());
       },
-      &region, static_cast<unsigned>(shards), 0);
+      &region, static_cast<unsigned>(threads), 0);
 }
 
 }  // namespace fasthyp::detail

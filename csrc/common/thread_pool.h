@@ -6,26 +6,63 @@
 // where no runtime is loaded, a small pool of our own does the work.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
 namespace fasthyp {
 
 namespace detail {
-using Task = void (*)(void* context, int shard, int shards);
-void run_parallel(Task task, void* context, int shards);
+using Task = void (*)(void* context, int index, int size);
+// Calls task(context, index, size) for all index in [0, size), at the same time; size <= threads.
+void run_team(Task task, void* context, int threads);
+void relax(int spins);  // waits a little inside a spinning loop
 }  // namespace detail
 
 // Calls f(shard, shards) for every shard in [0, shards), on as many threads. Returns when all are
-// done. Safe to call from several threads at once (a caller that finds the pool busy runs its
-// shards itself) and in a forked child (which starts workers of its own). f must not throw.
+// done. Safe to call from several threads at once and in a forked child. f must not throw.
 template <class F>
 void parallel(int shards, F&& f) {
-  using Body = std::remove_reference_t<F>;
-  detail::run_parallel(
-      [](void* context, int shard, int n) { (*static_cast<Body*>(context))(shard, n); },
-      const_cast<void*>(static_cast<const void*>(&f)), shards);
+  struct Region {
+    std::remove_reference_t<F>* f;
+    int shards;
+  } region{&f, shards};
+  detail::run_team(
+      [](void* context, int index, int size) {
+        auto& r = *static_cast<Region*>(context);
+        for (int i = index; i < r.shards; i += size) (*r.f)(i, r.shards);
+      },
+      &region, shards);
 }
+
+// Calls f(index, size) on a team of threads that run at the same time, at most `threads` of them.
+template <class F>
+void parallel_team(int threads, F&& f) {
+  using Body = std::remove_reference_t<F>;
+  detail::run_team(
+      [](void* context, int index, int size) { (*static_cast<Body*>(context))(index, size); }, &f,
+      threads);
+}
+
+// Where the threads of a team wait for each other.
+class Barrier {
+ public:
+  // Returns when all `size` threads have called it.
+  void wait(int size) {
+    const unsigned phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived_.store(0, std::memory_order_relaxed);
+      phase_.store(phase + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins)
+      detail::relax(spins);
+  }
+
+ private:
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> phase_{0};
+};
 
 // The part of [0, count) that belongs to a shard: contiguous, and as even as `grain` allows.
 struct Range {

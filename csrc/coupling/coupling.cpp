@@ -171,6 +171,42 @@ Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row
 // Hoisted sums of at most this many bytes are held at a time.
 constexpr std::int64_t kHoistBytes = std::int64_t(64) << 20;
 
+// Up to this many rows are shared: more are split, which needs no barriers.
+constexpr std::int64_t kSharedRows = 12;
+constexpr std::int64_t kSharedBytes = std::int64_t(1)
+                                      << 20;  // of weights, below which it does not pay
+
+void run_shared_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
+  const Flow& flow = *call.flow;
+  std::ptrdiff_t inner = 0, output = 0, chunks = 1;
+  for (const Coupling& c : flow.couplings) {
+    const Layer& last = c.layers.back();
+    output = std::max<std::ptrdiff_t>(output, last.out_padded());
+    if (c.layers.size() > 1)
+      chunks = std::max<std::ptrdiff_t>(chunks, (last.in_padded + last.chunk - 1) / last.chunk);
+    for (std::size_t l = 0; l + 2 < c.layers.size(); ++l)
+      inner = std::max<std::ptrdiff_t>(inner, c.layers[l].out_padded());
+  }
+  const std::size_t in = element_size(flow.element), number = state_size(flow.element);
+  const std::int64_t inner_bytes =
+      round_up((end - begin) * padded_stride(inner, in) * static_cast<std::int64_t>(in), kAlign);
+  const std::int64_t partial_bytes = round_up(
+      chunks * (end - begin) * padded_stride(output, number) * static_cast<std::int64_t>(number),
+      kAlign);
+  std::vector<std::byte> memory(2 * (inner_bytes + partial_bytes));
+  Barrier barrier;
+  const auto rows = kernels().rows[static_cast<int>(flow.element)];
+  parallel_team(call.threads, [&](int index, int size) {
+    std::byte* at = memory.data();
+    const Share share{index,
+                      size,
+                      &barrier,
+                      {at, at + inner_bytes},
+                      {at + 2 * inner_bytes, at + 2 * inner_bytes + partial_bytes}};
+    rows(job, begin, end, &share);
+  });
+}
+
 // Threads take rows from a common store, large parts first: a thread that shares its core with
 // something else (often a spinning OpenMP worker) then takes less, and none waits long at the end.
 // Weights that no cache holds are read once per part, so such flows get as few parts as can be.
@@ -178,6 +214,8 @@ void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int
   constexpr std::int64_t kMost = 480, kCachedBytes = std::int64_t(16) << 20;
   const auto rows = kernels().rows[static_cast<int>(call.flow->element)];
   const std::int64_t count = end - begin;
+  if (call.threads > 1 && count <= kSharedRows && call.flow->packed_bytes >= kSharedBytes)
+    return run_shared_rows(call, job, begin, end);
   const int shards = static_cast<int>(std::clamp<std::int64_t>(count / 4, 1, call.threads));
   const std::int64_t least = std::min<std::int64_t>(24, round_up((count + shards - 1) / shards, 4));
   const std::int64_t rounds = (count + kMost * shards - 1) / (kMost * shards);
@@ -192,7 +230,7 @@ void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int
       size = cached ? std::clamp(round_up(left / (2 * shards), least), least, kMost) : even;
       size = std::min(shards == 1 ? left : size, left);
       if (!next.compare_exchange_weak(first, first + size, std::memory_order_relaxed)) continue;
-      rows(job, begin + first, begin + first + size);
+      rows(job, begin + first, begin + first + size, nullptr);
       first = next.load(std::memory_order_relaxed);
     }
   });

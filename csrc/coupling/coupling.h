@@ -10,6 +10,8 @@
 #include <span>
 #include <vector>
 
+#include "common/thread_pool.h"
+
 namespace fasthyp::coupling {
 
 // What the weights and the operands of the matrix products are stored as; sums of bf16 products are
@@ -124,13 +126,28 @@ struct RowsJob {
   std::int64_t hoisted_begin;    // image of the first row of `hoisted`
 };
 
+// Few rows, many weights: the threads of a team take the same rows through the flow, and share the
+// hidden units of each subnet. Sums are made in the same order as by one thread.
+struct Share {
+  int index, size;
+  Barrier* barrier;
+  std::byte* inner[2];    // hidden layers before the last one, in turn
+  std::byte* partial[2];  // sums of the last layer over each chunk of its inputs, in turn
+};
+
+// One cache line of padding keeps rows of a power-of-two width out of the same cache sets.
+inline std::ptrdiff_t padded_stride(std::ptrdiff_t width, std::size_t number_bytes) {
+  const auto line = static_cast<std::ptrdiff_t>(64 / number_bytes);
+  return (width + line - 1) / line * line + line;
+}
+
 struct Kernels {
   int lanes[3];  // per Element; 0: not available
   // First-layer sums of the condition, units [begin, end) of all (coupling, block) pairs.
   void (*hoist[3])(const Flow&, const std::byte* packed, const void* cond, std::int64_t images,
                    std::int64_t begin, std::int64_t end, void* hoisted);
-  // Rows [begin, end) of the call, through the whole flow.
-  void (*rows[3])(const RowsJob&, std::int64_t begin, std::int64_t end);
+  // Rows [begin, end) of the call, through the whole flow; shared with others if share is given.
+  void (*rows[3])(const RowsJob&, std::int64_t begin, std::int64_t end, const Share* share);
   void (*affine_f32)(float*, std::int64_t rows, int dim, const float* raw,
                      const std::int64_t* active, int count, double clamp, Clamp, bool inverse,
                      float* log_det);

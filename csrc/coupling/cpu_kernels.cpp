@@ -27,6 +27,7 @@ using coupling::Coupling;
 using coupling::Flow;
 using coupling::Layer;
 using coupling::RowsJob;
+using coupling::Share;
 
 // --- operands: how weights and inputs are stored, and one multiply-accumulate step ---
 
@@ -178,11 +179,9 @@ void block_rows(const Block<P>& b, int vectors, int rows) {
 
 // --- layers ---
 
-// One cache line of padding keeps rows of a power-of-two width out of the same cache sets.
 template <class T>
-constexpr std::ptrdiff_t padded_stride(std::ptrdiff_t width) {
-  constexpr std::ptrdiff_t line = 64 / sizeof(T);
-  return (width + line - 1) / line * line + line;
+std::ptrdiff_t padded_stride(std::ptrdiff_t width) {
+  return coupling::padded_stride(width, sizeof(T));
 }
 
 // Per-thread memory, kept between calls: fresh pages would cost as much as a small flow.
@@ -246,10 +245,13 @@ class Mlp {
     }
   };
 
-  Mlp(const Sizes& sizes, Scratch& scratch) : sizes_(sizes) {
+  Mlp(const Sizes& sizes, Scratch& scratch, const Share* share = nullptr)
+      : sizes_(sizes), share_(share) {
     x = scratch.take<In>(kTile * sizes.input);
-    inner_[0] = scratch.take<In>(kTile * sizes.inner);
-    inner_[1] = scratch.take<In>(kTile * sizes.inner);
+    for (int i = 0; i < 2; ++i) {
+      inner_[i] = scratch.take<In>(kTile * sizes.inner);
+      if (share) inner_[i] = reinterpret_cast<In*>(share->inner[i]);
+    }
     chunk_ = scratch.take<In>(kTile * sizes.chunk);
     partial_ = scratch.take<S>(kTile * sizes.block);
     raw = scratch.take<S>(kTile * sizes.output);
@@ -268,7 +270,12 @@ class Mlp {
     coupling_ = &c;
     const int last = static_cast<int>(c.layers.size()) - 1;
     for (int l = 0; l + 1 < last; ++l) {
-      hidden_blocks(l, 0, c.layers[l].blocks, in, ld, rows, hoisted, inner_[l % 2], sizes_.inner);
+      const Layer& layer = c.layers[l];
+      const Range mine =
+          share_ ? shard_range(layer.blocks, share_->index, share_->size) : Range{0, layer.blocks};
+      hidden_blocks(l, static_cast<int>(mine.begin), static_cast<int>(mine.end), in, ld, rows,
+                    hoisted, inner_[l % 2] + mine.begin * layer.block, sizes_.inner);
+      if (share_) share_->barrier->wait(share_->size);
       in = inner_[l % 2];
       ld = sizes_.inner;
     }
@@ -279,19 +286,23 @@ class Mlp {
     }
     const Layer &before = c.layers[last - 1], &out = c.layers[last];
     const int step = out.chunk / before.block;  // blocks of `before` per chunk of `out`
-    for (int first = 0; first < before.blocks; first += step) {
-      const int end = std::min(first + step, before.blocks);
+    const int chunks = (before.blocks + step - 1) / step;
+    for (int j = share_ ? share_->index : 0; j < chunks; j += share_ ? share_->size : 1) {
+      const int first = j * step, end = std::min(first + step, before.blocks);
       hidden_blocks(last - 1, first, end, in, ld, rows, hoisted, chunk_, sizes_.chunk);
+      S* sums = share_ ? partial(j, rows) : raw;
+      if (share_ && j > 0) std::fill_n(sums, rows * ldr(), S(0));
       for (int b = 0; b < out.blocks; ++b) {
         Block<P> block = arguments(out, b, first * before.block, (end - first) * before.block);
         block.x = chunk_;
         block.ldx = sizes_.chunk;
-        block.out = raw + b * out.block;
+        block.out = sums + b * out.block;
         block.ldo = ldr();
         if (first == 0) set_bias(block, out, b);
         block_rows<P, Store::sums>(block, out.vectors, rows);
       }
     }
+    if (share_) add_partials(chunks, rows);
   }
 
   // The first layer's sums of bias and condition for a few images: units of one block.
@@ -312,6 +323,23 @@ class Mlp {
     block.w = reinterpret_cast<const In*>(packed_ + l.weight) + (b * stored + k) * l.block;
     block.inputs = inputs;
     return block;
+  }
+
+  // Where the team keeps the last layer's sums over chunk j.
+  S* partial(int j, int rows) const {
+    return reinterpret_cast<S*>(share_->partial[turn_]) + j * rows * ldr();
+  }
+
+  // raw = the team's partial sums, added in the order of the chunks.
+  void add_partials(int chunks, int rows) {
+    share_->barrier->wait(share_->size);
+    for (std::ptrdiff_t i = 0; i < rows * ldr(); i += kLanes<S>) {
+      Vec<S> sum = load<S>(partial(0, rows) + i);
+      for (int j = 1; j < chunks; ++j) sum = sum + load<S>(partial(j, rows) + i);
+      store<S>(raw + i, sum);
+    }
+    // The next coupling writes elsewhere: a slower thread may still be reading here.
+    turn_ ^= 1;
   }
 
   void set_bias(Block<P>& block, const Layer& l, int b) {
@@ -399,6 +427,8 @@ class Mlp {
   }
 
   const Sizes& sizes_;
+  const Share* share_;
+  int turn_ = 0;
   In* inner_[2];
   In* chunk_;
   S* partial_;
@@ -447,7 +477,8 @@ class FlowRows {
   using In = typename P::In;
   static constexpr std::int64_t kRowsAtOnce = 10 * kTile;  // their state stays in L2
 
-  explicit FlowRows(const RowsJob& job) : job_(job), call_(*job.call), flow_(*call_.flow) {}
+  FlowRows(const RowsJob& job, const Share* share)
+      : job_(job), share_(share), call_(*job.call), flow_(*call_.flow) {}
 
   void run(std::int64_t begin, std::int64_t end) {
     thread_local Scratch scratch;
@@ -457,7 +488,7 @@ class FlowRows {
     scratch.reserve(sizes.bytes() + 2 * Scratch::bytes<S>(numbers) +
                     Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
                     Scratch::bytes<const S*>(room) + Scratch::bytes<float>(flow_.dim));
-    Mlp<P> mlp(sizes, scratch);
+    Mlp<P> mlp(sizes, scratch, share_);
     state_ = scratch.template take<S>(numbers);
     other_ = scratch.template take<S>(numbers);
     sums_ = scratch.template take<S>(room * kSumLanes);
@@ -492,7 +523,7 @@ class FlowRows {
       for (int r = 0; r < rows; r += kTile)
         couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
     }
-    store_state(first, rows);
+    if (!share_ || share_->index == 0) store_state(first, rows);
   }
 
   void reorder(const std::vector<int>& move, int rows) {
@@ -582,6 +613,7 @@ class FlowRows {
   }
 
   const RowsJob& job_;
+  const Share* share_;
   const Call& call_;
   const Flow& flow_;
   S *state_ = nullptr, *other_ = nullptr, *sums_ = nullptr, *base_ = nullptr;
@@ -590,8 +622,8 @@ class FlowRows {
 };
 
 template <class P>
-void rows(const RowsJob& job, std::int64_t begin, std::int64_t end) {
-  FlowRows<P>(job).run(begin, end);
+void rows(const RowsJob& job, std::int64_t begin, std::int64_t end, const Share* share) {
+  FlowRows<P>(job, share).run(begin, end);
 }
 
 template <class P>

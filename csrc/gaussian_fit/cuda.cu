@@ -86,10 +86,11 @@ template <class T>
 __device__ void moments(const Gaussian& p, const T* map, int height, int width, Block& block) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   double total[kMoments] = {};
-  const Cells rows = window_rows(p, height);
+  const Window window(p, height);
+  const Cells rows = window.rows;
   for (int y = rows.begin + warp; y < rows.end; y += kWarps) {
     const double dy = y - p.y, v = p.l22 * dy;
-    const Cells columns = window_columns(p, dy, width);
+    const Cells columns = window.columns(dy, width);
     double s[5] = {}, t[3] = {};
     for (int x = columns.begin + lane; x < columns.end; x += kWarp) {
       const double u = p.l11 * (x - p.x) + p.l21 * dy;
@@ -135,12 +136,13 @@ __device__ void moments(const Gaussian& p, const T* map, int height, int width, 
 template <class T>
 __device__ double residual(const Gaussian& p, const T* map, int height, int width, Block& block) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Cells rows = window_rows(p, height);
+  const Window window(p, height);
+  const Cells rows = window.rows;
   double sum = 0;
   for (int y = warp; y < height; y += kWarps) {
     const double dy = y - p.y, v = p.l22 * dy;
     Cells columns{0, 0};
-    if (y >= rows.begin && y < rows.end) columns = window_columns(p, dy, width);
+    if (y >= rows.begin && y < rows.end) columns = window.columns(dy, width);
     for (int x = lane; x < width; x += kWarp) {
       double r = static_cast<double>(map[y * width + x]);
       if (x >= columns.begin && x < columns.end) {

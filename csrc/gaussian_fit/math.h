@@ -52,20 +52,26 @@ FASTHYP_HD Cells clip_cells(double low, double high, int size) {
   return {begin, end};
 }
 
-// Rows that the window reaches.
-FASTHYP_HD Cells window_rows(const Gaussian& p, int height) {
-  const double reach = std::sqrt(kReach2) / p.l22;
-  return clip_cells(p.y - reach, p.y + reach, height);
-}
+// The cells where the model counts.
+struct Window {
+  double x, slope, per_l11, l22;
+  Cells rows;
 
-// Columns of the window in the row at distance dy from the mean.
-FASTHYP_HD Cells window_columns(const Gaussian& p, double dy, int width) {
-  const double v = p.l22 * dy;
-  const double rest = kReach2 - v * v;
-  const double reach = std::sqrt(rest > 0 ? rest : 0.0) / p.l11;
-  const double centre = p.x - p.l21 * dy / p.l11;
-  return clip_cells(centre - reach, centre + reach, width);
-}
+  FASTHYP_HD Window(const Gaussian& p, int height)
+      : x(p.x), slope(p.l21 / p.l11), per_l11(1.0 / p.l11), l22(p.l22) {
+    const double reach = std::sqrt(kReach2) / l22;
+    rows = clip_cells(p.y - reach, p.y + reach, height);
+  }
+
+  // In the row at distance dy from the mean.
+  FASTHYP_HD Cells columns(double dy, int width) const {
+    const double v = l22 * dy;
+    const double rest = kReach2 - v * v;
+    const double reach = std::sqrt(rest > 0 ? rest : 0.0) * per_l11;
+    const double centre = x - slope * dy;
+    return clip_cells(centre - reach, centre + reach, width);
+  }
+};
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
