@@ -23,7 +23,7 @@ step() {
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || exit 2
 index=()
 [ -n "${FASTHYP_WHEELS:-}" ] && index=(--no-index --find-links "$FASTHYP_WHEELS")
-packages=(scikit-build-core pybind11 ninja FrEIA==0.2 safetensors typer rich matplotlib pytest hypothesis scipy)
+packages=(scikit-build-core pybind11 cmake ninja FrEIA==0.2 safetensors typer rich matplotlib pytest hypothesis scipy)
 python -m pip install --quiet "${index[@]}" "${packages[@]}" || exit 2
 
 # Only this machine's architecture: the check is about the kernels, not about the fat binary.
