@@ -69,7 +69,7 @@ class SimulationConfig:
         augment: False leaves the skeleton as it is (evaluation); cameras and 2D noise remain.
     """
 
-    elevation_deg: tuple[float, float] = (4.0, 7.0)
+    elevation_deg: tuple[float, float] = (4.0, 6.0)
     roll_deg: float = 5.0
     off_axis_deg: float = 3.0
     distance_m: tuple[float, float] = (2.2, 12.0)
@@ -79,8 +79,8 @@ class SimulationConfig:
     joint_deg: float = 6.0
     head_deg: float = 20.0
     mix: float = 0.25
-    upright: float = 0.5
-    seated: float = 0.15
+    upright: float = 0.7
+    seated: float = 0.35
     noise_mm: float = 5.0
     augment: bool = True
 

@@ -33,7 +33,7 @@ class LiftingTrainConfig:
     """
 
     seed: int = 0
-    steps: int = 28_000
+    steps: int = 26_000
     batch_size: int = 1024
     learning_rate: float = 2e-3
     warmup_steps: int = 500
