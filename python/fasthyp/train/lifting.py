@@ -33,11 +33,11 @@ class LiftingTrainConfig:
     """
 
     seed: int = 0
-    steps: int = 26_000
+    steps: int = 20_500
     batch_size: int = 1024
     learning_rate: float = 2e-3
     warmup_steps: int = 500
-    decay_steps: int = 22_000
+    decay_steps: int = 17_500
     weight_decay: float = 1e-2
     clip_norm: float = 20.0
     mode_weight: float = 30.0
