@@ -18,6 +18,7 @@ def failed() -> dict[str, str]:
 def test_info_says_what_is_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("FASTHYP_GOLDEN", raising=False)
     monkeypatch.setenv("FASTHYP_NUM_THREADS", "3")
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
