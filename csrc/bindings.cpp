@@ -115,11 +115,19 @@ void gaussian_fit_run(Address heatmaps, bool is_double, std::int64_t count, std:
   if (init_size != 0 && init_size != 2 && init_size != 6)
     throw std::invalid_argument("gaussian_fit: init must have 2 or 6 columns");
   if (count == 0) return;
-  const gaussian_fit::Call call{pointer<const void>(heatmaps), is_double, count,
-                                static_cast<int>(height), static_cast<int>(width),
-                                pointer<const void>(init), init_size, max_iter, tol,
-                                pointer<void>(scalars), pointer<void>(mean),
-                                pointer<void>(covariance), pointer<bool>(converged),
+  const gaussian_fit::Call call{pointer<const void>(heatmaps),
+                                is_double,
+                                count,
+                                static_cast<int>(height),
+                                static_cast<int>(width),
+                                pointer<const void>(init),
+                                init_size,
+                                max_iter,
+                                tol,
+                                pointer<void>(scalars),
+                                pointer<void>(mean),
+                                pointer<void>(covariance),
+                                pointer<bool>(converged),
                                 pointer<std::int32_t>(iterations)};
   py::gil_scoped_release release;
   if (device < 0) return gaussian_fit::fit(call, static_cast<int>(threads_or_stream));

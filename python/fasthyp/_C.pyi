@@ -1,4 +1,4 @@
-"""The compiled kernels. Addresses are ``Tensor.data_ptr()``; ``fasthyp.ops`` checks what they hold."""
+"""The compiled kernels. Addresses are ``Tensor.data_ptr()``; ``fasthyp.ops`` checks them."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,6 @@ cuda_archs: str | None
 def simd_levels() -> list[str]: ...
 def simd_level() -> str: ...
 def set_simd_level(name: str) -> None: ...
-
 def cuda_device_count() -> int: ...
 
 class PlanInfo:
