@@ -3,9 +3,9 @@
     python benchmarks/bench_coupling.py [--json FILE] [--seconds S] [--no-compile]
 
 Each row is one workload at one precision; "accelerated" is the FrEIA module itself after
-``fasthyp.accelerate``, called as FrEIA is, with one condition row per hypothesis. ``rate`` is the share of the rate of one large torch
-matrix product of the same operand type, counting only the work that is left once the condition's
-part of each first layer is computed once per image.
+``fasthyp.accelerate``, called as FrEIA is, with one condition row per hypothesis. ``rate`` is the
+share of the rate of one large torch matrix product of the same operand type, counting only the
+work that is left once the condition's part of each first layer is computed once per image.
 """
 
 from __future__ import annotations
