@@ -1,10 +1,9 @@
 // One block fits one map at a time; in double whatever the map's type, as on the CPU.
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <string>
 
 #include "common/cuda_device.h"
+#include "common/simt.h"
 #include "gaussian_fit/gaussian_fit.h"
 #include "gaussian_fit/math.h"
 
@@ -162,14 +161,12 @@ __device__ double residual(const Gaussian& p, const T* map, int height, int widt
 
 template <class T>
 __global__ void __launch_bounds__(kWarps* kWarp) fit_kernel(Call call, bool cached) {
-  extern __shared__ double cache[];
-  __shared__ alignas(Block) unsigned char storage[sizeof(Block)];
-  Block& block = *reinterpret_cast<Block*>(storage);
+  __shared__ Block block;
   const int height = call.height, width = call.width, cells = height * width;
   for (std::int64_t index = blockIdx.x; index < call.count; index += gridDim.x) {
     const T* map = static_cast<const T*>(call.heatmaps) + index * cells;
     if (cached) {
-      T* copy = reinterpret_cast<T*>(cache);
+      T* copy = dynamic_shared<T>();
       for (int i = threadIdx.x; i < cells; i += blockDim.x) copy[i] = map[i];
       map = copy;
       __syncthreads();
@@ -217,13 +214,17 @@ __global__ void __launch_bounds__(kWarps* kWarp) fit_kernel(Call call, bool cach
 }
 
 template <class T>
-void launch(const Call& call, cudaStream_t stream) {
+cudaError_t launch(const Call& call, cudaStream_t stream) {
   // Beyond the shared memory that every block may have, the map is read through the caches.
   constexpr std::size_t kCache = 32 * 1024;
   const std::size_t bytes = static_cast<std::size_t>(call.height) * call.width * sizeof(T);
   const bool cached = bytes <= kCache;
-  const auto blocks = static_cast<unsigned>(std::min<std::int64_t>(call.count, 1 << 20));
-  fit_kernel<T><<<blocks, kWarps * kWarp, cached ? bytes : 0, stream>>>(call, cached);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(call.count, 1 << 20)));
+  config.blockDim = dim3(kWarps * kWarp);
+  config.dynamicSmemBytes = cached ? bytes : 0;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, fit_kernel<T>, call, cached);
 }
 
 }  // namespace
@@ -231,11 +232,8 @@ void launch(const Call& call, cudaStream_t stream) {
 void fit_cuda(const Call& call, int device, void* stream) {
   if (call.count == 0) return;
   const DeviceGuard guard(device);
-  if (call.is_double)
-    launch<double>(call, static_cast<cudaStream_t>(stream));
-  else
-    launch<float>(call, static_cast<cudaStream_t>(stream));
-  check_cuda(cudaGetLastError(),
+  const auto on = static_cast<cudaStream_t>(stream);
+  check_cuda(call.is_double ? launch<double>(call, on) : launch<float>(call, on),
              "fit_gaussians of " + std::to_string(call.count) + " maps of " +
                  std::to_string(call.height) + " x " + std::to_string(call.width),
              device);

@@ -26,6 +26,10 @@ namespace fasthyp::gaussian_fit {
 // cells enter the sums only through their squares, which are added up once.
 constexpr double kReach2 = 60.0;
 
+// A step changes no coordinate of w by more than this at |w| = 1, and no amplitude by more than
+// this part.
+constexpr double kLongestStep = 0.5;
+
 struct Gaussian {
   double amplitude, x, y;
   double l11, l21, l22;  // L = [l11 0; l21 l22]
@@ -229,10 +233,11 @@ struct Fitter {
     limit = height > width ? height : width;
   }
 
-  // A Gaussian much larger than the map or far outside it fits a constant or a slope, not a blob.
+  // A Gaussian much larger than the map or far outside it fits a constant or a slope, and one that
+  // explains nothing of the map fits nothing.
   FASTHYP_HD bool plausible() const {
     const Covariance c = covariance_of(best);
-    return std::fabs(best.amplitude) > 0 && c.xx + c.yy < 8 * limit * limit && c.xx + c.yy > 0 &&
+    return cost < (1 - 1e-6) * square_sum && c.xx + c.yy < 8 * limit * limit && c.xx + c.yy > 0 &&
            best.x > -limit && best.y > -limit && best.x < 2 * limit && best.y < 2 * limit;
   }
 
@@ -292,7 +297,8 @@ struct Fitter {
     }
   }
 
-  // (J^T J + damping * largest diagonal) step = -J^T r, by Cholesky. False where there is no step.
+  // (J^T J + damping * largest diagonal) step = -J^T r, by Cholesky, shortened to kLongestStep.
+  // False where there is no step.
   FASTHYP_HD bool solve(double* step) {
     double largest = 0;
     for (int i = 0; i < 6; ++i) {
@@ -330,9 +336,18 @@ struct Fitter {
       for (int k = i + 1; k < 6; ++k) sum -= c[k * (k + 1) / 2 + i] * step[k];
       step[i] = sum / c[i * (i + 1) / 2 + i];
     }
-    // 2 g.s + s.H.s with H.s = -g - add s
-    predicted = 0;
-    for (int i = 0; i < 6; ++i) predicted += step[i] * (damping * largest * step[i] - gradient[i]);
+    // Far from the minimum a full step throws the Gaussian off the blob.
+    double longest = 0, slope = 0, square = 0;
+    for (int i = 0; i < 6; ++i) {
+      const double size = std::fabs(step[i]);
+      longest = size > longest ? size : longest;
+      slope += step[i] * gradient[i];
+      square += step[i] * step[i];
+    }
+    const double part = longest > kLongestStep ? kLongestStep / longest : 1.0;
+    for (int i = 0; i < 6; ++i) step[i] *= part;
+    // -2 g.s - s.H.s with H.(s / part) = -g - damping largest s / part
+    predicted = part * (part * damping * largest * square - (2 - part) * slope);
     return predicted >= 0 && predicted < 1e300;
   }
 
@@ -341,9 +356,7 @@ struct Fitter {
     const double dy = step[2] / best.l22;
     trial.y = best.y + dy;
     trial.x = best.x + (step[1] - best.l21 * dy) / best.l11;
-    // exp keeps the diagonal positive; the bound keeps it finite
-    const double e1 = std::exp(step[3] > 20 ? 20.0 : step[3] < -20 ? -20.0 : step[3]);
-    const double e2 = std::exp(step[5] > 20 ? 20.0 : step[5] < -20 ? -20.0 : step[5]);
+    const double e1 = std::exp(step[3]), e2 = std::exp(step[5]);
     trial.l11 = best.l11 * e1;
     trial.l21 = best.l21 * e1 + best.l22 * step[4];
     trial.l22 = best.l22 * e2;

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+_LONGEST_STEP = 0.5  # farther from the minimum a full step throws the Gaussian off the blob
 _CELLS_AT_ONCE = 1 << 20  # keeps the Jacobian near 50 MB
 
 
@@ -86,7 +87,10 @@ def _fit(
             -gradient,
         )
         running &= (info == 0) & torch.isfinite(step).all(1) & (largest > 0)
-        predicted = (step * (add[:, None] * step - gradient)).sum(1)
+        part = (_LONGEST_STEP / step.abs().amax(1)).clamp(max=1)
+        slope, square = (step * gradient).sum(1), step.square().sum(1)
+        step = step * part[:, None]
+        predicted = part * (part * add * square - (2 - part) * slope)
         trial = _stepped(best, step, square_sum)
 
         iterations += running.int()
@@ -107,7 +111,7 @@ def _fit(
         gradient = torch.where(better[:, None], trial_gradient, gradient)
         running &= iterations < max_iter
 
-    converged &= _plausible(best, max(height, width))
+    converged &= _plausible(best, max(height, width)) & (cost < (1 - 1e-6) * square_sum)
     rmse = (_normal_equations(maps, best)[0] / (height * width)).sqrt()
     return (
         torch.where(converged[:, None], _to_parameters(best), initial),
@@ -192,7 +196,7 @@ def _stepped(g: Tensor, step: Tensor, square_sum: Tensor) -> Tensor:
     amplitude, x, y, l11, l21, l22 = g.unbind(1)
     unit = torch.where(amplitude != 0, amplitude.abs(), square_sum.sqrt())
     dy = step[:, 2] / l22
-    e1, e2 = step[:, 3].clamp(-20, 20).exp(), step[:, 5].clamp(-20, 20).exp()
+    e1, e2 = step[:, 3].exp(), step[:, 5].exp()
     return torch.stack(
         [
             amplitude + unit * step[:, 0],
@@ -210,4 +214,4 @@ def _plausible(g: Tensor, size: int) -> Tensor:
     """Not a constant or a slope: no larger than two maps, no further off than one map."""
     xx, _, yy = _covariance(g)
     inside = ((g[:, 1:3] > -size) & (g[:, 1:3] < 2 * size)).all(1)
-    return inside & (xx + yy < 8 * size**2) & (g[:, 0] != 0)
+    return inside & (xx + yy < 8 * size**2)
