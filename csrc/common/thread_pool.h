@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <type_traits>
 
 namespace fasthyp {
@@ -19,29 +20,35 @@ void run_team(Task task, void* context, int threads);
 void relax(int spins);  // waits a little inside a spinning loop
 }  // namespace detail
 
-// Calls f(shard, shards) for every shard in [0, shards), on as many threads. Returns when all are
-// done. Safe to call from several threads at once and in a forked child. f must not throw.
+// Calls f(index, size) for all index in [0, size) on a team of threads that run at the same time;
+// size <= threads. Returns when all are done; then throws the first thing that one of them threw.
+// Safe to call from several threads at once and in a forked child.
 template <class F>
-void parallel(int shards, F&& f) {
+void parallel_team(int threads, F&& f) {
   struct Region {
     std::remove_reference_t<F>* f;
-    int shards;
-  } region{&f, shards};
+    std::atomic_flag thrown;
+    std::exception_ptr exception;
+  } region{&f, {}, {}};
   detail::run_team(
       [](void* context, int index, int size) {
         auto& r = *static_cast<Region*>(context);
-        for (int i = index; i < r.shards; i += size) (*r.f)(i, r.shards);
+        try {
+          (*r.f)(index, size);
+        } catch (...) {
+          if (!r.thrown.test_and_set()) r.exception = std::current_exception();
+        }
       },
-      &region, shards);
+      &region, threads);
+  if (region.exception) std::rethrow_exception(region.exception);
 }
 
-// Calls f(index, size) on a team of threads that run at the same time, at most `threads` of them.
+// Calls f(shard, shards) for every shard in [0, shards), on as many threads.
 template <class F>
-void parallel_team(int threads, F&& f) {
-  using Body = std::remove_reference_t<F>;
-  detail::run_team(
-      [](void* context, int index, int size) { (*static_cast<Body*>(context))(index, size); }, &f,
-      threads);
+void parallel(int shards, F&& f) {
+  parallel_team(shards, [&](int index, int size) {
+    for (int i = index; i < shards; i += size) f(i, shards);
+  });
 }
 
 // Where the threads of a team wait for each other.

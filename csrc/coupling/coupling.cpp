@@ -195,12 +195,14 @@ void run_shared_rows(const Call& call, const RowsJob& job, std::int64_t begin, s
       kAlign);
   std::vector<std::byte> memory(2 * (inner_bytes + partial_bytes));
   Barrier barrier;
+  std::atomic<bool> failed{false};
   const auto rows = kernels().rows[static_cast<int>(flow.element)];
   parallel_team(call.threads, [&](int index, int size) {
     std::byte* at = memory.data();
     const Share share{index,
                       size,
                       &barrier,
+                      &failed,
                       {at, at + inner_bytes},
                       {at + 2 * inner_bytes, at + 2 * inner_bytes + partial_bytes}};
     rows(job, begin, end, &share);

@@ -5,6 +5,7 @@
 // only as these slot lists and, at the latent end, as `output_index`.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -131,8 +132,16 @@ struct RowsJob {
 struct Share {
   int index, size;
   Barrier* barrier;
+  std::atomic<bool>* failed;
   std::byte* inner[2];    // hidden layers before the last one, in turn
   std::byte* partial[2];  // sums of the last layer over each chunk of its inputs, in turn
+
+  // Waits for the team; whether all of it is ready.
+  bool meet(bool ready) const {
+    if (!ready) *failed = true;
+    barrier->wait(size);
+    return !*failed;
+  }
 };
 
 // One cache line of padding keeps rows of a power-of-two width out of the same cache sets.

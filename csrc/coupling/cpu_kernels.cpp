@@ -193,7 +193,10 @@ class Scratch {
       std::free(data_);
       size_ = (bytes + 4095) / 4096 * 4096;
       data_ = static_cast<std::byte*>(std::aligned_alloc(64, size_));
-      if (!data_) std::abort();  // out of memory for a few hundred kilobytes
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
     }
     used_ = 0;
   }
@@ -485,9 +488,16 @@ class FlowRows {
     const typename Mlp<P>::Sizes sizes(flow_);
     const auto room = std::min<std::int64_t>(kRowsAtOnce, end - begin);
     const auto numbers = static_cast<std::size_t>(room) * flow_.dim + kSumLanes;
-    scratch.reserve(sizes.bytes() + 2 * Scratch::bytes<S>(numbers) +
-                    Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
-                    Scratch::bytes<const S*>(room) + Scratch::bytes<float>(flow_.dim));
+    const std::size_t bytes = sizes.bytes() + 2 * Scratch::bytes<S>(numbers) +
+                              Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
+                              Scratch::bytes<const S*>(room) + Scratch::bytes<float>(flow_.dim);
+    try {
+      scratch.reserve(bytes);
+    } catch (...) {
+      if (share_) share_->meet(false);
+      throw;
+    }
+    if (share_ && !share_->meet(true)) return;  // another thread of the team could not begin
     Mlp<P> mlp(sizes, scratch, share_);
     state_ = scratch.template take<S>(numbers);
     other_ = scratch.template take<S>(numbers);
