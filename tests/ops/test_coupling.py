@@ -232,6 +232,28 @@ def test_bits_depend_on_neither_threads_nor_batch_nor_repeated_conditions() -> N
     assert torch.equal(rows[1].reshape(5, 333), whole[1])
 
 
+@pytest.mark.usefixtures("_restored_threads")
+@pytest.mark.parametrize("depth", [2, 3, 4])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_rows_shared_by_threads(depth: int, precision: str, dtype: torch.dtype) -> None:
+    # more than a megabyte of weights: threads share the hidden units instead of splitting the rows
+    hidden = 3000 if depth == 2 else 600
+    layers, index = random_layers(39, 17, hidden=hidden, depth=depth, dtype=dtype)
+    packed = ops.PackedFlow(layers, index, 39, 17, precision, dtype)
+    assert packed.packed.numel() > 1 << 20
+    x, cond = random_inputs(1, 60, 39, 17, dtype)
+    torch.set_num_threads(1)
+    whole = packed.forward(x, cond), packed.inverse(x, cond)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for rows in (1, 2, 12, 13):
+            few = packed.forward(x[:, :rows], cond), packed.inverse(x[:, :rows], cond)
+            for (out, log_jac), (all_out, all_log_jac) in zip(few, whole, strict=True):
+                assert torch.equal(out, all_out[:, :rows])
+                assert torch.equal(log_jac, all_log_jac[:, :rows])
+
+
 def test_python_threads() -> None:
     layers, index = random_layers(39, 17, dtype=torch.float32)
     packed = ops.PackedFlow(layers, index, 39, 17)
