@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def same_minimum(maps: Tensor) -> float:
 
 def on_cpu(maps: Tensor) -> dict[str, Callable[[], Any]]:
     def run(threads: int) -> Any:
-        torch.set_num_threads(threads)
+        os.environ["FASTHYP_NUM_THREADS"] = str(threads)
         return fasthyp.fit_gaussians(maps)
 
     counts = sorted({1, torch.get_num_threads()})

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What a block shares.
@@ -159,8 +160,10 @@ __device__ double residual(const Gaussian& p, const T* map, int height, int widt
   return sqrt(sum / (static_cast<double>(height) * width));
 }
 
+// Three blocks at least on a multiprocessor: left to itself, the compiler spills registers for a
+// fourth.
 template <class T>
-__global__ void __launch_bounds__(kWarps* kWarp) fit_kernel(Call call, bool cached) {
+__global__ void __launch_bounds__(kThreads, 3) fit_kernel(Call call, bool cached) {
   __shared__ Block block;
   const int height = call.height, width = call.width, cells = height * width;
   for (std::int64_t index = blockIdx.x; index < call.count; index += gridDim.x) {
@@ -221,7 +224,7 @@ cudaError_t launch(const Call& call, cudaStream_t stream) {
   const bool cached = bytes <= kCache;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(call.count, 1 << 20)));
-  config.blockDim = dim3(kWarps * kWarp);
+  config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = cached ? bytes : 0;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, fit_kernel<T>, call, cached);

@@ -36,7 +36,8 @@ class GaussianFit(NamedTuple):
         converged: (...) bool. False where there is nothing to fit (a constant map, NaN or infinity
             in the map or in its start), where ``max_iter`` was reached, and where the minimum is
             no blob in this map (a standard deviation beyond two map sides, a centre more than a
-            side outside, less than a millionth of the sum of squares explained). All other fields then hold the initial guess.
+            side outside, less than a millionth of the sum of squares explained). All other fields
+            then hold the initial guess.
         iterations: (...) int32, steps tried.
     """
 
