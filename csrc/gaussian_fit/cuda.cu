@@ -1,4 +1,4 @@
-// One block fits one map at a time; in double whatever the map's type, as on the CPU.
+// One block fits one map; in double whatever the map's type, as on the CPU.
 #include <algorithm>
 #include <string>
 
@@ -163,77 +163,77 @@ __device__ double residual(const Gaussian& p, const T* map, int height, int widt
 // Three blocks at least on a multiprocessor: left to itself, the compiler spills registers for a
 // fourth.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 3) fit_kernel(Call call, bool cached) {
+__global__ void __launch_bounds__(kThreads, 3)
+    fit_kernel(Call call, std::int64_t first, bool cached) {
   __shared__ Block block;
   const int height = call.height, width = call.width, cells = height * width;
-  for (std::int64_t index = blockIdx.x; index < call.count; index += gridDim.x) {
-    const T* map = static_cast<const T*>(call.heatmaps) + index * cells;
-    if (cached) {
-      T* copy = dynamic_shared<T>();
-      for (int i = threadIdx.x; i < cells; i += blockDim.x) copy[i] = map[i];
-      map = copy;
-      __syncthreads();
+  const std::int64_t index = first + blockIdx.x;
+  const T* map = static_cast<const T*>(call.heatmaps) + index * cells;
+  if (cached) {
+    T* copy = dynamic_shared<T>();
+    for (int i = threadIdx.x; i < cells; i += blockDim.x) copy[i] = map[i];
+    map = copy;  // a thread summarises the cells that it copied; the others see them after that
+  }
+  summarise(map, cells, block);
+  if (threadIdx.x == 0) {
+    double init[6] = {};
+    for (int i = 0; i < call.init_size; ++i)
+      init[i] = static_cast<double>(static_cast<const T*>(call.init)[index * call.init_size + i]);
+    const MapSummary& summary = block.summary[0];
+    block.start = initial_guess(summary, width, init, call.init_size);
+    block.result = unconverged(block.start, 0);
+    block.result.rmse = kNaN;
+    block.status = Status::failed;
+    block.measure = false;
+    if (summary.finite && usable(block.start)) {
+      block.fitter.begin(gaussian_of(block.start), summary, height, width, call.max_iter, call.tol);
+      block.measure = true;
+      if (summary.maximum > summary.minimum) block.status = Status::running;
     }
-    summarise(map, cells, block);
-    if (threadIdx.x == 0) {
-      double init[6] = {};
-      for (int i = 0; i < call.init_size; ++i)
-        init[i] = static_cast<double>(static_cast<const T*>(call.init)[index * call.init_size + i]);
-      const MapSummary& summary = block.summary[0];
-      block.start = initial_guess(summary, width, init, call.init_size);
-      block.result = unconverged(block.start, 0);
-      block.result.rmse = kNaN;
-      block.status = Status::failed;
-      block.measure = false;
-      if (summary.finite && usable(block.start)) {
-        block.fitter.begin(gaussian_of(block.start), summary, height, width, call.max_iter,
-                           call.tol);
-        block.measure = true;
-        if (summary.maximum > summary.minimum) block.status = Status::running;
-      }
-    }
+  }
+  __syncthreads();
+  while (block.status == Status::running) {
+    moments(block.fitter.trial, map, height, width, block);
     __syncthreads();
-    while (block.status == Status::running) {
-      moments(block.fitter.trial, map, height, width, block);
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        block.status = block.fitter.advance(block.sums);
-        block.result.iterations = block.fitter.iterations;
-        if (block.status == Status::converged)
-          block.result = converged(block.fitter.best, block.fitter.iterations);
-        else if (block.status == Status::failed)
-          block.fitter.best = gaussian_of(block.start);
-      }
-      __syncthreads();
+    if (threadIdx.x == 0) {
+      block.status = block.fitter.advance(block.sums);
+      block.result.iterations = block.fitter.iterations;
+      if (block.status == Status::converged)
+        block.result = converged(block.fitter.best, block.fitter.iterations);
+      else if (block.status == Status::failed)
+        block.fitter.best = gaussian_of(block.start);
     }
-    if (block.measure) {
-      const double rmse = residual(block.fitter.best, map, height, width, block);
-      __syncthreads();
-      if (threadIdx.x == 0) block.result.rmse = rmse;
-    }
-    if (threadIdx.x == 0) store_result<T>(call, index, block.result);
     __syncthreads();
   }
+  if (block.measure) {
+    const double rmse = residual(block.fitter.best, map, height, width, block);
+    if (threadIdx.x == 0) block.result.rmse = rmse;
+  }
+  if (threadIdx.x == 0) store_result<T>(call, index, block.result);
 }
 
 template <class T>
 cudaError_t launch(const Call& call, cudaStream_t stream) {
   // Beyond the shared memory that every block may have, the map is read through the caches.
   constexpr std::size_t kCache = 32 * 1024;
+  constexpr std::int64_t kMostBlocks = 0x7fffffff;
   const std::size_t bytes = static_cast<std::size_t>(call.height) * call.width * sizeof(T);
   const bool cached = bytes <= kCache;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<std::int64_t>(call.count, 1 << 20)));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = cached ? bytes : 0;
   config.stream = stream;
-  return cudaLaunchKernelEx(&config, fit_kernel<T>, call, cached);
+  cudaError_t error = cudaSuccess;
+  for (std::int64_t first = 0; first < call.count && error == cudaSuccess; first += kMostBlocks) {
+    config.gridDim = dim3(static_cast<unsigned>(std::min(call.count - first, kMostBlocks)));
+    error = cudaLaunchKernelEx(&config, fit_kernel<T>, call, first, cached);
+  }
+  return error;
 }
 
 }  // namespace
 
 void fit_cuda(const Call& call, int device, void* stream) {
-  if (call.count == 0) return;
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   check_cuda(call.is_double ? launch<double>(call, on) : launch<float>(call, on),
