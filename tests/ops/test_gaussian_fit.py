@@ -431,12 +431,13 @@ def test_out_of_iterations() -> None:
     assert torch.equal(fit.mean, heatmap_argmax(maps))
 
 
-def test_far_start_does_not_converge_to_nothing() -> None:
-    """The Gaussian sees none of the blob: no step lowers the cost, and that is no fit."""
-    good = draw(np.array([[0.7, 8.0, 10.0, 1.0, 0, 1.0]]), 24, 20)
-    fit = fasthyp.fit_gaussians(good, torch.tensor([[500.0, 500.0]]))
+@pytest.mark.parametrize("start", [(500.0, 500.0), (24.0, 10.0)])
+def test_far_start_does_not_converge_to_nothing(start: tuple[float, float]) -> None:
+    """The Gaussian sees none of the blob: nothing, or an amplitude of zero, is no fit."""
+    good = draw(np.array([[0.7, 8.0, 10.0, 1.0, 0, 1.0]]), 24, 40)
+    fit = fasthyp.fit_gaussians(good, torch.tensor([start]))
     assert not fit.converged.any()
-    assert fit.mean.tolist() == [[500, 500]]
+    assert fit.mean.tolist() == [list(start)]
 
 
 # --- bad arguments ---
