@@ -1,7 +1,7 @@
 """2D to 3D lifting with uncertainty: a conditional flow from fitted heatmap Gaussians to poses.
 
 The design follows Wehrbein et al., "Probabilistic Monocular 3D Human Pose Estimation with
-Normalizing Flows" (ICCV 2021, sections 3.1 and 3.3: eight GLOW coupling blocks conditioned on the
+Normalizing Flows" (ICCV 2021, sections 3.1 and 3.2: affine coupling blocks conditioned on the
 Gaussians fitted to a 2D detector's heatmaps), trained by maximum likelihood on all 39 numbers of a
 pose. Data, recipe and measured figures are in the model card, ``docs/models/lifting.md``.
 """
