@@ -39,8 +39,8 @@ _OUTLIER_SHARE, _OUTLIER_FACTOR = 0.04, 4.0
 _OUTSIDE_ERROR = 1.3
 # How often a joint is hidden though inside the picture.
 _HIDDEN_RATE = (0.0, 0.0, 0.0, 0.32, 0.32, 0.34, 0.34, 0.0, 0.0, 0.32, 0.32, 0.28, 0.28)
-# A detector that does not see a joint pulls it towards its parent (lower bound of the factor). Nearly
-# all cut-off legs it only imagines, hanging down, at so many trunk lengths a segment.
+# A detector that does not see a joint pulls it towards its parent (lower bound of the factor).
+# Nearly all cut-off legs it only imagines, hanging down, at so many trunk lengths a segment.
 _PULL = (1.0, 0.85, 0.40)
 _IMAGINED_SHARE, _IMAGINED_LENGTH = 0.9, (0.15, 1.0)
 
