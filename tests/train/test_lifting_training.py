@@ -37,8 +37,8 @@ TINY = LiftingTrainConfig(
 )
 
 
-def curve(folder: Path, name: str) -> list[float]:
-    with open(folder / "metrics.csv") as file:
+def curve(folder: Path, name: str, file_name: str = "metrics.csv") -> list[float]:
+    with open(folder / file_name) as file:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
@@ -67,6 +67,8 @@ def test_it_resumes_to_the_same_state(tmp_path: Path) -> None:
     assert whole["global_step"] == parts["global_step"] == 10
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, parts["state_dict"][name]), name
+    both = [curve(tmp_path / "parts", "val_nll", f"metrics{part}.csv") for part in ("-1", "")]
+    assert both[0] + both[1] == curve(tmp_path / "whole", "val_nll")
 
 
 def test_refuses_to_resume(tmp_path: Path) -> None:

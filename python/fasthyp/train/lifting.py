@@ -109,7 +109,8 @@ def train(
 ) -> LiftingFlow:
     """Train a lifting flow and write it to ``out_dir``.
 
-    Writes ``config.json``, ``metrics.csv`` (training and validation curves), checkpoints
+    Writes ``config.json``, ``metrics.csv`` (training and validation curves; those of
+    earlier starts are ``metrics-1.csv`` and so on), checkpoints
     (``last.ckpt`` and the best by validation likelihood) and, at the end, ``lifting.safetensors``
     with ``lifting.json`` of the best validation. Every batch is drawn from (seed, step), so a
     resumed run sees what the uninterrupted one would have.

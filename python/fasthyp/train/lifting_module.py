@@ -152,6 +152,11 @@ def run(
     with replacing(config_path) as temporary:
         temporary.write_text(config.to_json())
 
+    metrics = out_dir / "metrics.csv"
+    if metrics.exists():  # the logger starts a new one
+        part = len(list(out_dir.glob("metrics-*.csv"))) + 1
+        metrics.rename(out_dir / f"metrics-{part}.csv")
+
     L.seed_everything(config.seed, verbose=False)
     module = LiftingModule(config, train_data, validation)
     best = ModelCheckpoint(
@@ -177,6 +182,8 @@ def run(
     with warnings.catch_warnings():
         # Items are step numbers; there is nothing for loader workers to do.
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
         trainer.fit(
             module,
             DataLoader(_Steps(config.steps), batch_size=None),
