@@ -20,9 +20,16 @@ from fasthyp import _C
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], Any]], seconds: float = 4.0, warmup: int = 3
+    contenders: dict[str, Callable[[], Any]],
+    seconds: float = 4.0,
+    warmup: int = 3,
+    in_a_row: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Median and quartiles (ms) of each, run in turn until the time is up (at least 5 rounds)."""
+    """Median and quartiles (ms) of each, run in turn until the time is up (at least 5 rounds).
+
+    With ``in_a_row`` > 1 each has that many calls at its turn, of which the first is not counted:
+    its weights are then in the caches, as in a loop that calls nothing else.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(warmup):
         for run in contenders.values():
@@ -31,9 +38,11 @@ def interleaved(
     rounds = 0
     while rounds < 5 or time.perf_counter() < end:
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            for call in range(in_a_row):
+                start = time.perf_counter()
+                run()
+                if call > 0 or in_a_row == 1:
+                    times[name].append((time.perf_counter() - start) * 1e3)
         rounds += 1
     out = {}
     for name, values in times.items():

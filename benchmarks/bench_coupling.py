@@ -25,10 +25,11 @@ from torch import nn
 import fasthyp
 
 WORKLOADS = (
-    # name, dim, condition, hidden layers, hypotheses
-    ("48-d, 2-layer 1024", 48, 56, (1024,), 1000),
-    ("132-d, 3-layer 1024", 132, 979, (1024, 1024), 1000),
-    ("48-d, 2-layer 1024", 48, 56, (1024,), 1),
+    # name, dim, condition, hidden layers, hypotheses, calls in a row
+    ("48-d, 2-layer 1024, 1000 hypotheses", 48, 56, (1024,), 1000, 1),
+    ("132-d, 3-layer 1024, 1000 hypotheses", 132, 979, (1024, 1024), 1000, 1),
+    ("48-d, 2-layer 1024, 1 hypothesis, again and again", 48, 56, (1024,), 1, 20),
+    ("48-d, 2-layer 1024, 1 hypothesis, weights not in cache", 48, 56, (1024,), 1, 1),
 )
 BLOCKS = 8
 
@@ -90,7 +91,7 @@ def main() -> None:
 
     rates = {"highest": gemm_rate(torch.float32), "medium": gemm_rate(torch.bfloat16)}
     rows = []
-    for name, dim, cond_dim, hidden, count in WORKLOADS:
+    for name, dim, cond_dim, hidden, count, in_a_row in WORKLOADS:
         net = build(dim, cond_dim, hidden)
         z, cond = torch.randn(1, count, dim), torch.randn(1, cond_dim)
         flat, repeated = z[0], cond.repeat(count, 1)
@@ -107,14 +108,14 @@ def main() -> None:
                 z, c=[c], rev=True
             )
         with torch.no_grad():
-            times = interleaved(contenders, options.seconds)
+            times = interleaved(contenders, options.seconds, in_a_row=in_a_row)
             exact = contenders["eager"]()[0]
             for precision in ("accelerated", *samplers):
                 ms = times[precision]["ms"]
                 out = contenders[precision]()
                 error = (out[0] - exact).abs().max().item()
                 row: dict[str, Any] = {
-                    "workload": f"{name}, {count} hypotheses",
+                    "workload": name,
                     "run": precision,
                     "ms": ms,
                     "eager_ms": times["eager"]["ms"],

@@ -113,7 +113,13 @@ class HypothesisSampler:
             )
             if tuple(z.shape) != expected or not z.shape[1]:
                 raise ValueError(f"z: expected shape {expected}, got {tuple(z.shape)}")
-            x, log_prob = _push(executor, conditions, z, fixed)
+            latent = z
+            if fixed is not None:
+                latent = torch.cat([z, fixed[:, None].expand(-1, z.shape[1], -1)], -1)
+            with torch.no_grad():
+                x, log_jac = executor.inverse(latent, conditions)
+                if return_log_prob:
+                    log_prob = standard_normal_log_prob(z) - log_jac
         return (x, log_prob) if return_log_prob else x
 
     def _eval_mode(self) -> tuple[FlowExecutor, FlowProgram, Tensor]:
@@ -127,17 +133,6 @@ class HypothesisSampler:
             executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
             program, like = executor.program_and_like()
         return executor, program, like
-
-
-@torch.no_grad()
-def _push(
-    executor: FlowExecutor, cond: Tensor | None, z: Tensor, fixed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    log_noise = standard_normal_log_prob(z)
-    if fixed is not None:
-        z = torch.cat([z, fixed[:, None].expand(-1, z.shape[1], -1)], -1)
-    x, log_jac = executor.inverse(z, cond)
-    return x, log_noise - log_jac
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -83,7 +83,8 @@ class Watch:
         self._dicts: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._values: list[Any] = []
-        self._sizes: list[tuple[Any, int]] = []
+        self._tables: list[dict[str, Any]] = []
+        self._sizes: list[int] = []
         self._hooks: list[Any] = []
 
     def attributes(self, owner: object, *names: str) -> None:
@@ -95,7 +96,8 @@ class Watch:
         for table in (module._parameters, module._buffers, module._modules):
             self._entries(table, tuple(table))
         if module._modules:
-            self._sizes.append((module._modules, len(module._modules)))
+            self._tables.append(module._modules)
+            self._sizes.append(len(module._modules))
         self._hooks += _hooks(module)
 
     def include(self, other: Watch) -> None:
@@ -103,6 +105,7 @@ class Watch:
         self._dicts += other._dicts
         self._keys += other._keys
         self._values += other._values
+        self._tables += other._tables
         self._sizes += other._sizes
         self._hooks += other._hooks
 
@@ -116,7 +119,7 @@ class Watch:
         return (
             all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
             and not any(self._hooks)
-            and all(len(table) == size for table, size in self._sizes)
+            and list(map(len, self._tables)) == self._sizes
         )
 
 
