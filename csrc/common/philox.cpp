@@ -1,6 +1,8 @@
 // Compiled once per SIMD level.
 #include "common/philox.h"
 
+#include "common/philox_cpu.h"
+
 #include "common/simd.h"
 
 namespace fasthyp::FASTHYP_SIMD {
@@ -24,5 +26,8 @@ void philox_normal_row(std::uint64_t seed, std::uint32_t image, std::uint32_t hy
     for (int j = 0; j < count; ++j) out[start + j] = n[j % 4][j / 4];
   }
 }
+
+extern const PhiloxNormalRow philox_kernel;
+const PhiloxNormalRow philox_kernel = philox_normal_row;
 
 }  // namespace fasthyp::FASTHYP_SIMD

@@ -14,35 +14,10 @@
 
 namespace fasthyp {
 
-#define FASTHYP_LEVEL(name)                        \
-  namespace name {                                 \
-  extern const coupling::Kernels coupling_kernels; \
-  }
-FASTHYP_LEVEL(portable)
-#if defined(FASTHYP_X86)
-FASTHYP_LEVEL(avx2)
-FASTHYP_LEVEL(avx512)
-FASTHYP_LEVEL(avx512bf16)
-#endif
-#undef FASTHYP_LEVEL
+FASTHYP_PER_SIMD_LEVEL(coupling::Kernels, coupling_kernels)
 
 namespace coupling {
 namespace {
-
-const Kernels& kernels() {
-  switch (simd_level()) {
-#if defined(FASTHYP_X86)
-    case Simd::avx2:
-      return avx2::coupling_kernels;
-    case Simd::avx512:
-      return avx512::coupling_kernels;
-    case Simd::avx512bf16:
-      return avx512bf16::coupling_kernels;
-#endif
-    default:
-      return portable::coupling_kernels;
-  }
-}
 
 constexpr std::int64_t kAlign = 64;
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
@@ -196,7 +171,7 @@ void run_shared_rows(const Call& call, const RowsJob& job, std::int64_t begin, s
   std::vector<std::byte> memory(2 * (inner_bytes + partial_bytes));
   Barrier barrier;
   std::atomic<bool> failed{false};
-  const auto rows = kernels().rows[static_cast<int>(flow.element)];
+  const auto rows = coupling_kernels().rows[static_cast<int>(flow.element)];
   parallel_team(call.threads, [&](int index, int size) {
     std::byte* at = memory.data();
     const Share share{index,
@@ -214,7 +189,7 @@ void run_shared_rows(const Call& call, const RowsJob& job, std::int64_t begin, s
 // Weights that no cache holds are read once per part, so such flows get as few parts as can be.
 void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
   constexpr std::int64_t kMost = 480, kCachedBytes = std::int64_t(16) << 20;
-  const auto rows = kernels().rows[static_cast<int>(call.flow->element)];
+  const auto rows = coupling_kernels().rows[static_cast<int>(call.flow->element)];
   const std::int64_t count = end - begin;
   if (call.threads > 1 && count <= kSharedRows && call.flow->packed_bytes >= kSharedBytes)
     return run_shared_rows(call, job, begin, end);
@@ -243,7 +218,7 @@ void hoist(const Call& call, const void* cond, std::int64_t images, void* hoiste
   std::int64_t units = 0;
   for (const Coupling& c : flow.couplings)
     if (c.cond_padded > 0) units += c.layers[0].blocks;
-  const auto kernel = kernels().hoist[static_cast<int>(flow.element)];
+  const auto kernel = coupling_kernels().hoist[static_cast<int>(flow.element)];
   parallel(call.threads, [&](int shard, int n) {
     const Range r = shard_range(units, shard, n);
     kernel(flow, call.packed, cond, images, r.begin, r.end, hoisted);
@@ -252,7 +227,7 @@ void hoist(const Call& call, const void* cond, std::int64_t images, void* hoiste
 
 }  // namespace
 
-int lanes(Element element) { return kernels().lanes[static_cast<int>(element)]; }
+int lanes(Element element) { return coupling_kernels().lanes[static_cast<int>(element)]; }
 bool supports(Element element) { return lanes(element) > 0; }
 
 Flow parse_plan(std::span<const std::int64_t> plan) {
@@ -429,11 +404,11 @@ void affine(T* state, std::int64_t rows, int dim, const T* raw,
     T *s = state + r.begin * dim, *l = log_det + r.begin;
     const T* u = raw + r.begin * 2 * count;
     if constexpr (sizeof(T) == 8)
-      kernels().affine_f64(s, r.end - r.begin, dim, u, active.data(), count, clamp,
-                           clamp_activation, inverse, l);
+      coupling_kernels().affine_f64(s, r.end - r.begin, dim, u, active.data(), count, clamp,
+                                    clamp_activation, inverse, l);
     else
-      kernels().affine_f32(s, r.end - r.begin, dim, u, active.data(), count, clamp,
-                           clamp_activation, inverse, l);
+      coupling_kernels().affine_f32(s, r.end - r.begin, dim, u, active.data(), count, clamp,
+                                    clamp_activation, inverse, l);
   });
 }
 template void affine<float>(float*, std::int64_t, int, const float*, std::span<const std::int64_t>,

@@ -11,35 +11,10 @@
 
 namespace fasthyp {
 
-#define FASTHYP_LEVEL(name)                                \
-  namespace name {                                         \
-  extern const gaussian_fit::Kernels gaussian_fit_kernels; \
-  }
-FASTHYP_LEVEL(portable)
-#if defined(FASTHYP_X86)
-FASTHYP_LEVEL(avx2)
-FASTHYP_LEVEL(avx512)
-FASTHYP_LEVEL(avx512bf16)
-#endif
-#undef FASTHYP_LEVEL
+FASTHYP_PER_SIMD_LEVEL(gaussian_fit::Kernels, gaussian_fit_kernels)
 
 namespace gaussian_fit {
 namespace {
-
-const Kernels& kernels() {
-  switch (simd_level()) {
-#if defined(FASTHYP_X86)
-    case Simd::avx2:
-      return avx2::gaussian_fit_kernels;
-    case Simd::avx512:
-      return avx512::gaussian_fit_kernels;
-    case Simd::avx512bf16:
-      return avx512bf16::gaussian_fit_kernels;
-#endif
-    default:
-      return portable::gaussian_fit_kernels;
-  }
-}
 
 struct AlignedDelete {
   void operator()(double* p) const { ::operator delete[](p, std::align_val_t{64}); }
@@ -49,7 +24,7 @@ using Scratch = std::unique_ptr<double[], AlignedDelete>;
 }  // namespace
 
 void fit(const Call& call, int threads) {
-  const Kernels& level = kernels();
+  const Kernels& level = gaussian_fit_kernels();
   const auto fit_map = call.is_double ? level.fit_f64 : level.fit_f32;
   const int shards = static_cast<int>(std::min<std::int64_t>(threads, call.count));
   const std::size_t stride = (call.width + level.lanes - 1) / level.lanes * level.lanes;
