@@ -49,15 +49,8 @@ const coupling::Flow& parsed(std::span<const std::int64_t> plan) {
   return flow;
 }
 
-struct PlanInfo {
-  std::int64_t packed_bytes;
-  int dim, cond_dim;
-  bool is_double;
-};
-
-PlanInfo coupling_plan_info(const std::vector<std::int64_t>& plan) {
-  const coupling::Flow flow = coupling::parse_plan(plan);
-  return {flow.packed_bytes, flow.dim, flow.cond_dim, flow.element == coupling::Element::f64};
+std::int64_t coupling_packed_bytes(const std::vector<std::int64_t>& plan) {
+  return parsed(plan).packed_bytes;
 }
 
 void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, Address weight,
@@ -175,12 +168,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("simd_level", [] { return std::string(simd_name(simd_level())); });
   m.def("set_simd_level", &set_simd_level);
 
-  py::class_<PlanInfo>(m, "PlanInfo")
-      .def_readonly("packed_bytes", &PlanInfo::packed_bytes)
-      .def_readonly("dim", &PlanInfo::dim)
-      .def_readonly("cond_dim", &PlanInfo::cond_dim)
-      .def_readonly("is_double", &PlanInfo::is_double);
-  m.def("coupling_plan_info", &coupling_plan_info);
+  m.def("coupling_packed_bytes", &coupling_packed_bytes);
   m.def("coupling_lanes",
         [](int element) { return coupling::lanes(static_cast<coupling::Element>(element)); });
   m.def("coupling_pack", &coupling_pack);

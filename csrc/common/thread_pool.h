@@ -71,15 +71,12 @@ class Barrier {
   std::atomic<unsigned> phase_{0};
 };
 
-// The part of [0, count) that belongs to a shard: contiguous, and as even as `grain` allows.
+// The part of [0, count) that belongs to a shard: contiguous, and as even as can be.
 struct Range {
   std::int64_t begin, end;
 };
-inline Range shard_range(std::int64_t count, int shard, int shards, std::int64_t grain = 1) {
-  const std::int64_t grains = (count + grain - 1) / grain;
-  const std::int64_t begin = grains * shard / shards * grain;
-  const std::int64_t end = grains * (shard + 1) / shards * grain;
-  return {begin < count ? begin : count, end < count ? end : count};
+inline Range shard_range(std::int64_t count, int shard, int shards) {
+  return {count * shard / shards, count * (shard + 1) / shards};
 }
 
 }  // namespace fasthyp

@@ -76,7 +76,7 @@ class PackedFlow:
                 *(*layer.active, *layer.passive, *(weight.shape[0] for weight in layer.weights)),
             ]
         self.plan = torch.tensor(numbers, dtype=torch.int64)
-        self.packed = torch.empty(_C.coupling_plan_info(numbers).packed_bytes, dtype=torch.uint8)
+        self.packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
         for i, layer in enumerate(layers):
             inputs = len(layer.passive) + len(layer.cond)
             for j, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
