@@ -253,7 +253,7 @@ Flow parse_plan(std::span<const std::int64_t> plan) {
     const bool reads_cond = in.integer("reads condition", 0, 1) != 0;
     const int layers = in.integer("layers", 1, 64);
     c.activation = static_cast<Activation>(in.integer("activation", 0, 5));
-    c.clamp_activation = static_cast<Clamp>(in.integer("clamp activation", 0, 4));
+    c.clamp_activation = static_cast<Clamp>(in.integer("clamp activation", 0, 5));
     c.negative_slope = in.real();
     c.clamp = in.real();
     const std::vector<int> active = in.slots("active slot", c.active, flow.dim);

@@ -26,7 +26,14 @@ enum class Activation : int {
   gelu = 4,
   gelu_tanh = 5
 };
-enum class Clamp : int { none = 0, atan = 1, tanh = 2, sigmoid = 3, atan_scaled = 4 };
+enum class Clamp : int {
+  none = 0,
+  atan = 1,
+  tanh = 2,
+  sigmoid = 3,
+  atan_scaled = 4,
+  tanh_scaled = 5
+};
 
 // Sums over inputs run in chunks of about this many, each from zero: better rounding than one long
 // chain, and the same for every way of splitting rows, images or threads.

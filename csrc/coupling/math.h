@@ -17,6 +17,8 @@ FASTHYP_INLINE Vec<T> soft_clamp(Vec<T> raw, T clamp, coupling::Clamp kind) {
       return c * (splat<T>(T(0.636)) * atan<T>(raw / c));
     case coupling::Clamp::tanh:
       return c * tanh<T>(raw);
+    case coupling::Clamp::tanh_scaled:
+      return c * tanh<T>(raw / c);
     // 2 (sigmoid(u) - 1/2) = tanh(u / 2), without the cancellation
     case coupling::Clamp::sigmoid:
       return c * tanh<T>(splat<T>(T(0.5)) * raw);

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fasthyp import _C, _environment
-from fasthyp.reference.coupling import CouplingLayer
+from fasthyp.reference.coupling import CouplingLayer, mlp
 
 FAMILIES = {"coupling": "coupling_flow", "gaussian_fit": "fit_gaussians"}
 """Kernel families and an op of each."""
@@ -283,7 +283,7 @@ def _small_flow() -> tuple[list[CouplingLayer], list[int], int, int]:
         )
         biases = tuple(0.1 * torch.randn(s[0], generator=generator).double() for s in shapes)
         cond = tuple(range(cond_dim))
-        layers.append(CouplingLayer(active, passive, cond, weights, biases))
+        layers.append(CouplingLayer(active, passive, cond, (mlp(weights, biases),)))
     return layers, [(3 * k) % dim for k in range(dim)], dim, cond_dim
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fasthyp.ops import coupling as ops
 from fasthyp.reference import coupling as reference
-from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, CouplingLayer
+from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, CouplingLayer, Dense, mlp
 from tests.conftest import assert_as_good_as, max_error
 
 
@@ -36,6 +36,8 @@ def random_layers(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     bias: bool = True,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
     **kind: object,
 ) -> tuple[list[CouplingLayer], list[int]]:
     """Couplings with random slots in random order, and a random order of the outputs."""
@@ -54,9 +56,8 @@ def random_layers(
         widths = [inputs, *(hidden + i for i in range(depth - 1)), 2 * len(active)]
         weights = tuple(normal(b, a) / max(a, 1) ** 0.5 for a, b in itertools.pairwise(widths))
         biases = tuple(0.3 * normal(b) if bias else None for b in widths[1:])
-        layers.append(
-            CouplingLayer(tuple(active), tuple(passive), tuple(columns), weights, biases, **kind)
-        )
+        net = mlp(weights, biases, activation, negative_slope)
+        layers.append(CouplingLayer(tuple(active), tuple(passive), tuple(columns), (net,), **kind))
     return layers, rng.permutation(dim).tolist()
 
 
@@ -69,15 +70,32 @@ def random_inputs(
     return x, cond if cond_dim else None
 
 
-def as_dtype(layers: list[CouplingLayer], dtype: torch.dtype) -> list[CouplingLayer]:
+def leaves_of(layers: Sequence[CouplingLayer]) -> list[Tensor]:
+    """The weights and biases of plain MLPs."""
+    found = [
+        (part.weight, part.bias) for layer in layers for net in layer.nets for part in net.layers
+    ]
+    return [tensor for pair in found for tensor in pair if tensor is not None]
+
+
+def with_leaves(layers: Sequence[CouplingLayer], leaves: Sequence[Tensor]) -> list[CouplingLayer]:
+    rest = list(leaves)
+
+    def dense(part: Dense) -> Dense:
+        weight = rest.pop(0)
+        return replace(part, weight=weight, bias=None if part.bias is None else rest.pop(0))
+
     return [
         replace(
             layer,
-            weights=tuple(w.to(dtype) for w in layer.weights),
-            biases=tuple(None if b is None else b.to(dtype) for b in layer.biases),
+            nets=tuple(replace(net, layers=tuple(map(dense, net.layers))) for net in layer.nets),
         )
         for layer in layers
     ]
+
+
+def as_dtype(layers: list[CouplingLayer], dtype: torch.dtype) -> list[CouplingLayer]:
+    return [with_leaves([layer], [t.to(dtype) for t in leaves_of([layer])])[0] for layer in layers]
 
 
 def assert_equals_reference(
@@ -207,7 +225,7 @@ def test_a_packed_flow_is_a_snapshot() -> None:
     packed = ops.PackedFlow(layers, index, 9, 4)
     x, cond = random_inputs(2, 3, 9, 4, torch.float32)
     before = packed.forward(x, cond)[0]
-    layers[0].weights[0].add_(1.0)
+    layers[0].nets[0].layers[0].weight.add_(1.0)
     assert torch.equal(packed.forward(x, cond)[0], before)
 
 
@@ -294,7 +312,7 @@ def test_affine_coupling(clamp_activation: str, inverse: bool) -> None:
     state = torch.randn(50, 9, generator=generator, dtype=torch.float64)
     raw = 2.0 * torch.randn(50, 6, generator=generator, dtype=torch.float64)
     layer = CouplingLayer((7, 0, 4), (), clamp=1.3, clamp_activation=clamp_activation)
-    want = reference.affine_coupling(state, raw, layer, inverse)
+    want = reference.couple(state, raw, layer, inverse)
     arguments = ((7, 0, 4), 1.3, clamp_activation, inverse)
     got = ops.affine_coupling(state, raw, *arguments)
     untouched = [1, 2, 3, 5, 6, 8]
@@ -302,8 +320,8 @@ def test_affine_coupling(clamp_activation: str, inverse: bool) -> None:
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
     state, raw = state.float(), raw.float()
-    exact = reference.affine_coupling(state.double(), raw.double(), layer, inverse)
-    peer = reference.affine_coupling(state, raw, layer, inverse)
+    exact = reference.couple(state.double(), raw.double(), layer, inverse)
+    peer = reference.couple(state, raw, layer, inverse)
     for a, b, c in zip(ops.affine_coupling(state, raw, *arguments), peer, exact, strict=True):
         assert_as_good_as(a, b, c)
 
@@ -343,11 +361,12 @@ def test_bad_layers() -> None:
     layers, index = random_layers(9, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="precision"):
         ops.PackedFlow(layers, index, 9, 4, precision="best")
-    with pytest.raises(ValueError, match="plain MLP"):
-        ops.PackedFlow([replace(layers[0], module=torch.nn.Identity())], index, 9, 4)
-    wrong = (layers[0].weights[0][:, 1:], *layers[0].weights[1:])
+    with pytest.raises(ValueError, match="plain subnets"):
+        ops.PackedFlow([replace(layers[0], nets=(torch.nn.Identity(),))], index, 9, 4)
+    first, *rest = leaves_of(layers[:1])
+    wrong = with_leaves(layers[:1], [first[:, 1:], *rest])
     with pytest.raises(ValueError, match="expected a weight"):
-        ops.PackedFlow([replace(layers[0], weights=wrong)], index, 9, 4)
+        ops.PackedFlow(wrong, index, 9, 4)
 
 
 # --- noise and sampling -----------------------------------------------------------------------
@@ -410,22 +429,6 @@ def test_sample(fixed_dim: int, include_mode: bool) -> None:
 # --- the reference itself ---------------------------------------------------------------------
 
 
-def leaves_of(layers: list[CouplingLayer]) -> list[Tensor]:
-    return [t for layer in layers for t in (*layer.weights, *layer.biases)]
-
-
-def with_leaves(layers: list[CouplingLayer], leaves: tuple[Tensor, ...]) -> list[CouplingLayer]:
-    rest = list(leaves)
-    return [
-        replace(
-            layer,
-            weights=tuple(rest.pop(0) for _ in layer.weights),
-            biases=tuple(rest.pop(0) for _ in layer.biases),
-        )
-        for layer in layers
-    ]
-
-
 @pytest.mark.parametrize("direction", ["flow_forward", "flow_inverse"])
 @pytest.mark.parametrize("samples", [1, 3])
 def test_gradcheck(direction: str, samples: int) -> None:
@@ -486,6 +489,7 @@ def test_gradients_after_use_in_inference_mode() -> None:
 def test_unknown_names() -> None:
     layers, index = random_layers(6, 3, count=1)
     x, cond = random_inputs(1, 1, 6, 3)
-    for wrong in ({"activation": "softplus"}, {"clamp_activation": "erf"}):
+    net = replace(layers[0].nets[0], activation="softplus")
+    for wrong in ({"nets": (net,)}, {"clamp_activation": "erf"}):
         with pytest.raises(ValueError, match="expected one of"):
             reference.flow_forward([replace(layers[0], **wrong)], index, x, cond)

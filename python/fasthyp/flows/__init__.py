@@ -16,16 +16,21 @@ from fasthyp.flows.freia_modules import (
 )
 from fasthyp.flows.program import (
     MLP,
+    AdditiveKind,
     AffineKind,
     Coupling,
     FlowProgram,
+    Linear,
     Opaque,
     Permute,
+    ResidualBlock,
+    ResidualMLP,
     UnsupportedFlow,
 )
 
 __all__ = [
     "MLP",
+    "AdditiveKind",
     "AffineKind",
     "ConditionNode",
     "Coupling",
@@ -34,12 +39,15 @@ __all__ = [
     "GLOWCouplingBlock",
     "GraphINN",
     "InputNode",
+    "Linear",
     "Node",
     "Opaque",
     "OutputNode",
     "Permute",
     "PermuteRandom",
     "Report",
+    "ResidualBlock",
+    "ResidualMLP",
     "ReversibleGraphNet",
     "SequenceINN",
     "UnsupportedFlow",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasthyp.flows.executor import check_precision
 from fasthyp.flows.freia import describe
 from fasthyp.flows.freia_modules import MODULES, NODES, FusedFlow
-from fasthyp.flows.program import Opaque, UnsupportedFlow
+from fasthyp.flows.program import AffineKind, Opaque, UnsupportedFlow
 
 _CLASSES = {**MODULES, **NODES}
 _FLOWS = (ff.GraphINN, ff.SequenceINN, fm.GLOWCouplingBlock)
@@ -163,10 +163,11 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
     report.add(name, kind, *part.flow().explain())
     for step in program.couplings:
         subname = f"{name}.{step.name}" if name else step.name
-        if isinstance(step.subnet, Opaque):
-            subkind = type(step.subnet.module).__name__
-            report.add(subname, subkind, False, f"runs as a torch module: {step.subnet.reason}")
-        elif step.kind.clamp_fn is not None:
+        opaque = [subnet for subnet in step.subnets if isinstance(subnet, Opaque)]
+        for subnet in opaque:
+            subkind = type(subnet.module).__name__
+            report.add(subname, subkind, False, f"runs as a torch module: {subnet.reason}")
+        if not opaque and isinstance(step.kind, AffineKind) and step.kind.clamp_fn is not None:
             report.add(subname, "clamp", False, "a clamp function of the user's own: reference")
     return True
 

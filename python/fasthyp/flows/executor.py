@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fasthyp._environment import backend
-from fasthyp.flows.program import FlowProgram
+from fasthyp.flows.program import FlowProgram, stamp
 from fasthyp.ops import coupling as ops
 from fasthyp.reference import coupling as reference
-from fasthyp.reference.coupling import CouplingLayer
+from fasthyp.reference.coupling import CouplingLayer, Layer, LinearLayer, Net
 
 _DTYPES = (torch.float32, torch.float64)
 
@@ -35,7 +35,7 @@ class _Plan:
     program: FlowProgram
     indices: list[Tensor]
     index_stamp: Any
-    layers: tuple[CouplingLayer, ...]
+    layers: tuple[Layer, ...]
     output_index: tuple[int, ...]
     weights: list[Tensor]
     like: Tensor  # has the dtype and device of the flow
@@ -47,13 +47,13 @@ class _Packed:
 
     plan: _Plan
     stamp: Any
-    segments: tuple[ops.PackedFlow | CouplingLayer, ...]
+    segments: tuple[ops.PackedFlow | Layer, ...]
 
     @property
     def whole(self) -> ops.PackedFlow | None:
         """The packed flow where a single one covers everything."""
         only = self.segments[0] if len(self.segments) == 1 else None
-        return None if isinstance(only, CouplingLayer) else only
+        return only if isinstance(only, ops.PackedFlow) else None
 
 
 class FlowExecutor:
@@ -154,10 +154,11 @@ class FlowExecutor:
             packed = self._fused(plan, [plan.like.detach()])
         if isinstance(packed, str):
             return False, f"reference: {packed}"
-        fused = sum(map(_fusible, plan.layers))
+        couplings = [layer for layer in plan.layers if isinstance(layer, CouplingLayer)]
+        fused = sum(map(_fusible, couplings))
         if not fused:
             return False, "reference: no subnet is a plain MLP with a known clamp"
-        count = f"{fused}" if fused == len(plan.layers) else f"{fused} of {len(plan.layers)}"
+        count = f"{fused}" if fused == len(couplings) else f"{fused} of {len(couplings)}"
         return True, (
             f"{count} half-couplings fused on the CPU, precision {self.precision}; "
             "calls that need gradients run the reference"
@@ -179,8 +180,8 @@ class FlowExecutor:
     def _current_plan(self) -> _Plan:
         plan = self._plan
         if plan is not None and plan.program.watch.unchanged():
-            stamp = _stamp(plan.indices)
-            if stamp is not None and plan.index_stamp == stamp:
+            now = stamp(plan.indices)
+            if now is not None and plan.index_stamp == now:
                 return plan
             program = plan.program
         elif isinstance(self.source, FlowProgram):
@@ -190,8 +191,9 @@ class FlowExecutor:
             program = self.source()
         indices, weights = program.indices(), program.tensors()
         like = next(iter(weights or program.opaque_tensors()), torch.empty(0))
-        stamp = _stamp(indices)
-        self._plan = plan = _Plan(program, indices, stamp, *program.layers(), weights, like)
+        self._plan = plan = _Plan(
+            program, indices, stamp(indices), *program.layers(), weights, like
+        )
         return plan
 
     def _fused(self, plan: _Plan, inputs: list[Tensor]) -> _Packed | str:
@@ -199,19 +201,19 @@ class FlowExecutor:
         why = _why_reference(plan, inputs)
         if why:
             return why
-        stamp = _stamp(plan.weights)
-        if stamp is None:
+        now = stamp(plan.weights)
+        if now is None:
             return "parameters made in inference mode do not tell when they change"
         packed = self._packed
-        if packed is not None and packed.plan is plan and packed.stamp == stamp:
+        if packed is not None and packed.plan is plan and packed.stamp == now:
             return packed
         why = _unfit(plan.weights)
         if why:
             return why
         with self._lock:
             packed = self._packed
-            if packed is None or packed.plan is not plan or packed.stamp != stamp:
-                self._packed = packed = _Packed(plan, stamp, _pack(plan, self.precision))
+            if packed is None or packed.plan is not plan or packed.stamp != now:
+                self._packed = packed = _Packed(plan, now, _pack(plan, self.precision))
         return packed
 
 
@@ -272,19 +274,15 @@ def _unfit(tensors: list[Tensor]) -> str | None:
     return None
 
 
-def _stamp(tensors: list[Tensor]) -> Any:
-    """Changes whenever a tensor's memory or values do (None: cannot be known)."""
-    try:
-        return [t._version for t in tensors], [t.data_ptr() for t in tensors]
-    except RuntimeError:  # inference tensors have no version
-        return None
+def _fusible(layer: Layer) -> bool:
+    if isinstance(layer, LinearLayer) or layer.kind != "affine" or len(layer.nets) > 1:
+        return False
+    if any(dense.keep for net in layer.nets if isinstance(net, Net) for dense in net.layers):
+        return False
+    return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 
-def _fusible(layer: CouplingLayer) -> bool:
-    return layer.module is None and layer.clamp_fn is None
-
-
-def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | CouplingLayer, ...]:
+def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
     """Runs of fusible layers become packed flows; the others stay as they are.
 
     A single packed flow ends with the output index; several work on the bare state.
@@ -294,8 +292,8 @@ def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | CouplingLayer, 
     if plan.layers and all(map(_fusible, plan.layers)):
         return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype),)
     same_order = tuple(range(plan.program.dim))
-    segments: list[ops.PackedFlow | CouplingLayer] = []
-    run: list[CouplingLayer] = []
+    segments: list[ops.PackedFlow | Layer] = []
+    run: list[Layer] = []
     for layer in (*plan.layers, None):
         if layer is not None and _fusible(layer):
             run.append(layer)
@@ -316,21 +314,21 @@ def _run_segments(
         state = state.index_select(-1, order.argsort())
     log_jac = state.new_zeros(state.shape[:-1])
     for segment in packed.segments[::-1] if inverse else packed.segments:
-        if isinstance(segment, CouplingLayer):
-            state, change = _run_layer(segment, state, cond, inverse)
-        else:
+        if isinstance(segment, ops.PackedFlow):
             state, change = (segment.inverse if inverse else segment.forward)(state, cond)
+        else:
+            state, change = _run_layer(segment, state, cond, inverse)
         log_jac = log_jac + change
     return (state if inverse else state.index_select(-1, order)), log_jac
 
 
 def _run_layer(
-    layer: CouplingLayer, state: Tensor, cond: Tensor | None, inverse: bool
+    layer: Layer, state: Tensor, cond: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The subnet as torch runs it; fused arithmetic around it unless the clamp is a user's own."""
-    raw = reference.subnet(layer, state, cond).to(state.dtype)
-    if layer.clamp_fn is not None:
-        return reference.affine_coupling(state, raw, layer, inverse)
+    """The subnets as torch runs them, with fused arithmetic around them where there is some."""
+    if isinstance(layer, LinearLayer) or layer.clamp_fn is not None or layer.kind != "affine":
+        return reference.apply_layer(layer, state, cond, inverse)
+    raw = layer.raw_scale * reference.subnet(layer, state, cond).to(state.dtype)
     changed, log_jac = ops.affine_coupling(
         state.reshape(-1, state.shape[-1]),
         raw.reshape(-1, raw.shape[-1]),

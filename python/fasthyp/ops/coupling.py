@@ -19,14 +19,15 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
+from fasthyp.ops._coupling_steps import FoldedCoupling, fold
 from fasthyp.ops._library import address, contiguous, define
-from fasthyp.reference.coupling import CouplingLayer
+from fasthyp.reference.coupling import Layer
 
 PRECISIONS = ("highest", "high", "medium")
 
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-_CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4}
+_CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
 
 
 def operand_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
@@ -54,7 +55,7 @@ class PackedFlow:
 
     def __init__(
         self,
-        layers: Sequence[CouplingLayer],
+        layers: Sequence[Layer],
         output_index: Sequence[int],
         dim: int,
         cond_dim: int,
@@ -65,36 +66,29 @@ class PackedFlow:
         self.operand_dtype = operand_dtype(precision, dtype)
         self.simd_level = _C.simd_level()
         element = _ELEMENTS[self.operand_dtype]
-        numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(layers), *output_index]
-        for layer in layers:
-            if layer.module is not None or layer.clamp_fn is not None:
-                raise ValueError("layers: expected plain MLP subnets and known clamps")
+        steps = fold(layers, dim, cond_dim, dtype)
+        numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(steps), *output_index]
+        for step in steps:
+            assert isinstance(step, FoldedCoupling)
+            (net,) = step.nets
             numbers += [
-                *(len(layer.active), len(layer.passive), int(bool(layer.cond))),
-                *(len(layer.weights), _ACTIVATIONS[layer.activation]),
-                *(_CLAMPS[layer.clamp_activation], _bits(layer.negative_slope), _bits(layer.clamp)),
-                *(*layer.active, *layer.passive, *(weight.shape[0] for weight in layer.weights)),
+                *(len(step.active), len(step.passive), int(net.layers[0].cond_weight is not None)),
+                *(len(net.layers), _ACTIVATIONS[net.activation]),
+                *(_CLAMPS[step.clamp_activation], _bits(net.negative_slope), _bits(step.clamp)),
+                *(*step.active, *step.passive, *(len(layer.bias) for layer in net.layers)),
             ]
         self.plan = torch.tensor(numbers, dtype=torch.int64)
         self.packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
-        for i, layer in enumerate(layers):
-            inputs = len(layer.passive) + len(layer.cond)
-            for j, (weight, bias) in enumerate(zip(layer.weights, layer.biases, strict=True)):
-                if weight.shape[1] != inputs or (
-                    bias is not None and bias.shape != weight.shape[:1]
-                ):
-                    shape = None if bias is None else tuple(bias.shape)
-                    raise ValueError(
-                        f"layers[{i}]: linear {j}: expected a weight (out, {inputs}) and a bias "
-                        f"(out,), got {tuple(weight.shape)} and {shape}"
-                    )
-                inputs = weight.shape[0]
-                # held until the call returns: a copy made here must outlive its address
-                w = weight.detach().to("cpu", dtype).contiguous()
-                b = None if bias is None else bias.detach().to("cpu", dtype).contiguous()
+        for i, step in enumerate(steps):
+            assert isinstance(step, FoldedCoupling)
+            for j, layer in enumerate(step.nets[0].layers):
+                weight = layer.weight
+                if layer.cond_weight is not None:
+                    weight = torch.cat([weight, layer.cond_weight], 1)
+                columns = [] if layer.cond_weight is None else list(range(cond_dim))
                 _C.coupling_pack(
-                    *(self.plan.data_ptr(), len(self.plan), i, j, w.data_ptr(), address(b)),
-                    *(list(layer.cond) if j == 0 else [], self.packed.data_ptr()),
+                    *(self.plan.data_ptr(), len(self.plan), i, j, weight.data_ptr()),
+                    *(layer.bias.data_ptr(), columns, self.packed.data_ptr()),
                 )
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:

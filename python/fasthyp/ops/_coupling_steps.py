@@ -1,0 +1,241 @@
+"""A coupling flow in numbers: what the packers of the CPU and the CUDA kernels read.
+
+:func:`fold` computes, in float64, everything that depends on the weights alone: batch norms in eval
+mode become part of the linears before them (or a scale and shift where a residual is kept first),
+linear layers in a row become one matrix and its inverse, factors on a subnet's output go into its
+last weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fasthyp.reference.coupling import (
+    BatchNorm,
+    CouplingLayer,
+    Layer,
+    LinearLayer,
+    Net,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedDense:
+    """``h = W u (+ W_c c) + b``, then in this order: gate, add, keep, scale and shift, activation.
+
+    Attributes:
+        weight: (out, in), without the condition.
+        bias: (out,).
+        cond_weight: (out, C) over the whole condition; first layers only.
+        gate: weight (out, C) and bias (out,): ``h * sigmoid(W c + b)``.
+        add: h + what was kept last. keep: keep h.
+        norm: scale and shift (out,), after ``keep``.
+        activate: the net's activation.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    cond_weight: Tensor | None = None
+    gate: tuple[Tensor, Tensor] | None = None
+    add: bool = False
+    keep: bool = False
+    norm: tuple[Tensor, Tensor] | None = None
+    activate: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedNet:
+    layers: tuple[FoldedDense, ...]
+    activation: str
+    negative_slope: float
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedCoupling:
+    """As :class:`~fasthyp.reference.coupling.CouplingLayer`; with two nets, s and t apart."""
+
+    active: tuple[int, ...]
+    passive: tuple[int, ...]
+    nets: tuple[FoldedNet, ...]
+    kind: str
+    clamp: float
+    clamp_activation: str
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedLinear:
+    """``state <- W state + shift`` on the slots as they are; the inverse likewise; float64.
+
+    Weights are (D, D), or (D,) for a diagonal one; ``log_det`` is log|det W|, ().
+    """
+
+    weight: Tensor
+    shift: Tensor
+    inverse_weight: Tensor
+    inverse_shift: Tensor
+    log_det: Tensor
+
+    @property
+    def diagonal(self) -> bool:
+        return self.weight.dim() == 1
+
+
+FoldedStep = FoldedCoupling | FoldedLinear
+
+
+@torch.no_grad()
+def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -> list[FoldedStep]:
+    """The layers in numbers; weights of couplings in ``dtype``.
+
+    Raises:
+        ValueError: a layer has an opaque subnet or a clamp of the user's own, or its tensors do not
+            fit together.
+    """
+    steps: list[FoldedStep] = []
+    for i, layer in enumerate(layers):
+        name = f"layers[{i}]"
+        if isinstance(layer, LinearLayer):
+            linear = _linear(layer, dim, name)
+            if steps and isinstance(steps[-1], FoldedLinear):
+                linear = _compose(steps.pop(), linear)  # type: ignore[arg-type]
+            steps.append(linear)
+        else:
+            steps.append(_coupling(layer, cond_dim, dtype, name))
+    return steps
+
+
+def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str) -> FoldedCoupling:
+    if layer.clamp_fn is not None:
+        raise ValueError(f"{name}: expected a known clamp, got a function")
+    both = layer.kind != "additive" and len(layer.nets) == 1
+    outputs = (2 if both else 1) * len(layer.active)
+    nets = []
+    for net in layer.nets:
+        if not isinstance(net, Net):
+            raise ValueError(f"{name}: expected plain subnets, got {type(net).__name__}")
+        nets.append(_net(net, layer, cond_dim, dtype, outputs, name))
+    return FoldedCoupling(
+        *(layer.active, layer.passive, tuple(nets)),
+        *(layer.kind, layer.clamp, layer.clamp_activation),
+    )
+
+
+def _net(
+    net: Net, layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, outputs: int, name: str
+) -> FoldedNet:
+    folded = []
+    width, last = len(layer.passive) + len(layer.cond), len(net.layers) - 1
+    for i, dense in enumerate(net.layers):
+        weight = dense.weight.detach().to(dtype)
+        if dense.bias is None:
+            bias = weight.new_zeros(weight.shape[0])
+        else:
+            bias = dense.bias.detach().to(dtype)
+        if i == 0 and net.inputs is not None:
+            weight = weight[:, list(net.inputs)]
+        if i == last and net.outputs is not None:
+            weight, bias = weight[list(net.outputs)], bias[list(net.outputs)]
+        if tuple(weight.shape) != (len(bias), width) or bias.dim() != 1:
+            raise ValueError(
+                f"{name}: linear {i}: expected a weight (out, {width}) and a bias (out,), "
+                f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        norm = None if dense.norm is None else _scale_shift(dense.norm)
+        if norm is not None and not (dense.gate or dense.add or dense.keep):
+            weight, bias = _scaled(weight, bias, *norm)
+            norm = None
+        if i == last and layer.raw_scale != 1.0:
+            factor = torch.full((), layer.raw_scale, dtype=torch.float64, device=weight.device)
+            weight, bias = _scaled(weight, bias, factor.expand(len(bias)), torch.zeros_like(factor))
+        cond_weight = gate = None
+        if i == 0 and layer.cond:
+            split = len(layer.passive)
+            cond_weight = _spread(weight[:, split:], layer.cond, cond_dim)
+            weight = weight[:, :split]
+        if dense.gate is not None:
+            gate_weight, gate_bias = dense.gate
+            shift = bias.new_zeros(len(bias)) if gate_bias is None else gate_bias.detach().to(dtype)
+            gate = _spread(gate_weight.detach().to(dtype), layer.cond, cond_dim), shift
+        if norm is not None:
+            norm = norm[0].to(dtype), norm[1].to(dtype)
+        folded.append(
+            FoldedDense(
+                *(weight.contiguous(), bias.contiguous(), cond_weight, gate),
+                *(dense.add, dense.keep, norm, dense.activate),
+            )
+        )
+        width = len(bias)
+    if width != outputs:
+        raise ValueError(f"{name}: expected {outputs} outputs of its subnet, got {width}")
+    return FoldedNet(tuple(folded), net.activation, net.negative_slope)
+
+
+def _spread(weight: Tensor, columns: Sequence[int], cond_dim: int) -> Tensor:
+    """The weight of condition columns as one of the whole condition."""
+    if tuple(columns) == tuple(range(cond_dim)):
+        return weight.contiguous()
+    out = weight.new_zeros(weight.shape[0], cond_dim)
+    out[:, list(columns)] = weight
+    return out
+
+
+def _scale_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    scale = (norm.variance.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+def _scaled(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = weight.double() * scale[:, None], bias.double() * scale + shift
+    return scaled[0].to(weight.dtype), scaled[1].to(bias.dtype)
+
+
+def _linear(layer: LinearLayer, dim: int, name: str) -> FoldedLinear:
+    found = layer.evaluate(*(tensor.detach().double() for tensor in layer.tensors))
+    weight, shift = found.weight.double(), found.shift.double()
+    expected = (dim,) if layer.diagonal else (dim, dim)
+    if tuple(weight.shape) != expected or tuple(shift.shape) != (dim,):
+        raise ValueError(
+            f"{name}: expected a weight {expected} and a shift ({dim},), "
+            f"got {tuple(weight.shape)} and {tuple(shift.shape)}"
+        )
+    log_det = found.log_det.double().reshape(())
+    slots = torch.tensor(layer.slots, device=weight.device)
+    back = slots.argsort()
+    if layer.diagonal:
+        weight, shift = weight[back], shift[back]
+        return FoldedLinear(weight, shift, 1 / weight, -shift / weight, log_det)
+    inverse = torch.linalg.inv(weight) if found.inverse is None else found.inverse.double()
+    # y = W x[slots] + b  and  x[slots] = W^-1 (y - b)
+    return FoldedLinear(*(weight[:, back], shift, inverse[back], -(inverse[back] @ shift), log_det))
+
+
+def _compose(first: FoldedLinear, second: FoldedLinear) -> FoldedLinear:
+    """``second`` after ``first``."""
+    log_det = first.log_det + second.log_det
+    shift = _apply(second.weight, first.shift) + second.shift
+    inverse_shift = _apply(first.inverse_weight, second.inverse_shift) + first.inverse_shift
+    return FoldedLinear(
+        _product(second.weight, first.weight),
+        shift,
+        _product(first.inverse_weight, second.inverse_weight),
+        inverse_shift,
+        log_det,
+    )
+
+
+def _apply(weight: Tensor, x: Tensor) -> Tensor:
+    return weight * x if weight.dim() == 1 else weight @ x
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of matrices, of which either may be diagonal."""
+    if a.dim() == 1:
+        return a * b if b.dim() == 1 else a[:, None] * b
+    return a * b if b.dim() == 1 else a @ b
