@@ -158,6 +158,36 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)
 #endif
 }
 
+// Clusters: blocks that run together and read each other's shared memory, on sm_90 and later.
+__device__ __forceinline__ int cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+
+// Waits for all threads of all blocks of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive;\n\tbarrier.cluster.wait;" ::: "memory");
+#endif
+}
+
+// Where the same place of shared memory lies in another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
+#if __CUDA_ARCH__ >= 900
+  T* there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+  return there;
+#else
+  return shared;
+#endif
+}
+
 }  // namespace simt
 }  // namespace fasthyp
 #endif

@@ -56,7 +56,7 @@ int lane_index();
 void* dynamic_shared();
 
 int set_shared_limit(const void* kernel, int bytes);
-int run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+int run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster_size,
         const std::function<void()>& thread);
 
 template <class T>
@@ -192,6 +192,13 @@ T* dynamic_shared() {
 namespace simt {
 
 void named_barrier(int id, int threads);
+int cluster_rank();
+void cluster_sync();
+void* cluster_peer_address(void* shared, int rank);
+template <class T>
+T* cluster_peer(T* shared, int rank) {
+  return static_cast<T*>(cluster_peer_address(shared, rank));
+}
 void cp_async16(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_wait_groups(int left);
@@ -223,6 +230,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlock = 8,
   cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
@@ -238,10 +246,21 @@ struct cudaDeviceProp {
   char name[256];
   int major, minor;
 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 cudaError_t cudaGetDeviceCount(int* count);
@@ -263,16 +282,20 @@ cudaError_t cudaMallocManaged(T** p, std::size_t bytes) {
   return cudaSuccess;
 }
 
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  return static_cast<cudaError_t>(simt::set_shared_limit(kernel, value));
+}
 template <class... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
-  return static_cast<cudaError_t>(
-      simt::set_shared_limit(reinterpret_cast<const void*>(kernel), value));
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute,
+                                 int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
+  const unsigned cluster = config->numAttrs ? config->attrs->val.clusterDim.x : 1;
   return static_cast<cudaError_t>(simt::run(reinterpret_cast<const void*>(kernel), config->gridDim,
-                                            config->blockDim, config->dynamicSmemBytes,
+                                            config->blockDim, config->dynamicSmemBytes, cluster,
                                             [=] { kernel(Parameters(arguments)...); }));
 }

@@ -84,9 +84,9 @@ namespace {
 
 constexpr std::size_t kStack = 128 * 1024;
 constexpr int kSharedDefault = 48 * 1024, kSharedMost = 227 * 1024;
-constexpr int kThreadLimit = 1024, kBarriers = 16, kWarp = 32;
+constexpr int kThreadLimit = 1024, kClusterLimit = 8, kBarriers = 16, kWarp = 32;
 
-enum class State { ready, at_barrier, in_exchange, done };
+enum class State { ready, at_barrier, at_cluster_barrier, in_exchange, done };
 
 struct AsyncCopy {
   void* to;
@@ -99,7 +99,8 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   State state = State::done;
   dim3 thread;
-  int index = 0;
+  int index = 0;  // in its block
+  int block = 0;  // in its cluster
   int barrier = 0, votes = 0;  // where it waits; the outcome of the vote there
   bool vote = false;
   unsigned mask = 0;  // of the exchange it waits in, and what it brought
@@ -114,21 +115,31 @@ struct Barrier {
 
 std::mt19937_64 random;
 std::map<const void*, int> shared_limits;
-std::deque<Fiber> fibers;  // more than a block has, after a larger one
-int threads = 0, ended = 0;
+std::deque<Fiber> fibers;  // block after block; more than a cluster has, after a larger one
+int threads = 0;           // of a block
+int cluster = 1;           // blocks that run together
 Fiber* current = nullptr;
-Barrier barriers[kBarriers];
+
+struct AlignedDelete {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{128}); }
+};
+
+struct Block {
+  dim3 index;
+  int ended = 0;
+  Barrier barriers[kBarriers];
+  std::unique_ptr<char[], AlignedDelete> shared;
+};
+std::vector<Block> blocks;
+std::size_t shared_size = 0;
+int at_cluster_barrier = 0;
+
+Block& own_block() { return blocks[current->block]; }
 Context scheduler;
 void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 std::size_t scheduler_stack_size = 0;
 const std::function<void()>* body = nullptr;
-
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{128}); }
-};
-std::unique_ptr<char[], AlignedDelete> shared;
-std::size_t shared_size = 0;
 
 // The variables that are __shared__: what the program has of thread-local ones.
 struct Variables {
@@ -159,7 +170,8 @@ void fill_with_noise(char* begin, char* end) {
 
 bool is_shared(const void* address) {
   const char* p = static_cast<const char*>(address);
-  return (p >= shared.get() && p < shared.get() + shared_size) ||
+  const char* own = own_block().shared.get();
+  return (p >= own && p < own + shared_size) ||
          (p >= variables.begin && p < variables.end);
 }
 
@@ -174,17 +186,18 @@ void to_scheduler() {
   __sanitizer_finish_switch_fiber(self.fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
-void end_barrier(int id) {
+void end_barrier(int block, int id) {
   int votes = 0;
-  for (int i = 0; i < threads; ++i)
-    if (fibers[i].state == State::at_barrier && fibers[i].barrier == id) votes += fibers[i].vote;
-  for (int i = 0; i < threads; ++i) {
-    Fiber& f = fibers[i];
-    if (f.state != State::at_barrier || f.barrier != id) continue;
+  const auto each = [&](const auto& f) {
+    for (int i = block * threads; i < (block + 1) * threads; ++i)
+      if (fibers[i].state == State::at_barrier && fibers[i].barrier == id) f(fibers[i]);
+  };
+  each([&](const Fiber& f) { votes += f.vote; });
+  each([&](Fiber& f) {
     f.votes = votes;
     f.state = State::ready;
-  }
-  barriers[id].arrived = 0;
+  });
+  blocks[block].barriers[id].arrived = 0;
 }
 
 // A fiber runs one thread of each block in turn.
@@ -193,8 +206,10 @@ void entry() {
   for (;;) {
     (*body)();
     current->state = State::done;
-    ++ended;
-    if (barriers[0].arrived > 0 && barriers[0].arrived + ended == threads) end_barrier(0);
+    Block& own = own_block();
+    ++own.ended;
+    if (own.barriers[0].arrived > 0 && own.barriers[0].arrived + own.ended == threads)
+      end_barrier(current->block, 0);
     to_scheduler();
   }
 }
@@ -202,35 +217,43 @@ void entry() {
 void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.thread;
+  blockIdx = own_block().index;
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack.get(), kStack);
   scheduler.change_to(fiber.context);
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 
 [[noreturn]] void deadlock() {
-  int at[kBarriers] = {}, in_exchange = 0;
-  for (int i = 0; i < threads; ++i) {
-    at[fibers[i].barrier] += fibers[i].state == State::at_barrier;
-    in_exchange += fibers[i].state == State::in_exchange;
+  for (int block = 0; block < cluster; ++block) {
+    const Block& b = blocks[block];
+    int at[kBarriers] = {}, in_exchange = 0, in_cluster = 0;
+    for (int i = block * threads; i < (block + 1) * threads; ++i) {
+      at[fibers[i].barrier] += fibers[i].state == State::at_barrier;
+      in_exchange += fibers[i].state == State::in_exchange;
+      in_cluster += fibers[i].state == State::at_cluster_barrier;
+    }
+    std::fprintf(stderr, "simt: block (%u, %u, %u): %d threads have ended", b.index.x, b.index.y,
+                 b.index.z, b.ended);
+    if (in_exchange) std::fprintf(stderr, ", %d wait for lanes of their warp", in_exchange);
+    if (in_cluster) std::fprintf(stderr, ", %d wait for their cluster", in_cluster);
+    for (int id = 0; id < kBarriers; ++id)
+      if (at[id]) std::fprintf(stderr, ", %d wait at barrier %d", at[id], id);
+    std::fputs("\n", stderr);
   }
-  std::fprintf(stderr, "simt: block (%u, %u, %u): %d threads have ended", blockIdx.x, blockIdx.y,
-               blockIdx.z, ended);
-  if (in_exchange) std::fprintf(stderr, ", %d wait for lanes of their warp", in_exchange);
-  for (int id = 0; id < kBarriers; ++id)
-    if (at[id]) std::fprintf(stderr, ", %d wait at barrier %d", at[id], id);
-  std::fputs("\n", stderr);
   fail("deadlock: threads wait at different places");
 }
 
-void run_block() {
-  for (Barrier& b : barriers) b = {};
-  ended = 0;
+void run_cluster() {
+  at_cluster_barrier = 0;
   std::vector<int> ready;
   for (;;) {
     ready.clear();
-    for (int i = 0; i < threads; ++i)
+    int ended = 0;
+    for (int i = 0; i < threads * cluster; ++i) {
       if (fibers[i].state == State::ready) ready.push_back(i);
-    if (ended == threads) return;
+      ended += fibers[i].state == State::done;
+    }
+    if (ended == threads * cluster) return;
     if (ready.empty()) deadlock();
     // All that are ready now run once, in a drawn order.
     std::shuffle(ready.begin(), ready.end(), random);
@@ -316,20 +339,20 @@ void fail(const char* what) {
 }
 
 int lane_index() { return current->index % kWarp; }
-void* dynamic_shared() { return shared.get(); }
+void* dynamic_shared() { return own_block().shared.get(); }
 void set_seed(std::uint64_t seed) { random.seed(seed); }
 
 int barrier(int id, int count, bool vote) {
   Fiber& self = *current;
-  Barrier& here = barriers[id];
+  Barrier& here = own_block().barriers[id];
   if (here.arrived == 0) here.threads = count;
   if (here.threads != count) fail("threads wait at a barrier with different counts");
   self.barrier = id;
   self.vote = vote;
   self.state = State::at_barrier;
   ++here.arrived;
-  if (here.arrived == (count ? count : threads - ended))
-    end_barrier(id);
+  if (here.arrived == (count ? count : threads - own_block().ended))
+    end_barrier(self.block, id);
   else
     to_scheduler();
   return self.votes;
@@ -343,7 +366,8 @@ void meet(unsigned mask, void* mine, Complete complete) {
   self.complete = complete;
   self.state = State::in_exchange;
   void* lanes[kWarp] = {};
-  const int first = self.index / kWarp * kWarp, last = std::min(first + kWarp, threads);
+  const int start = self.block * threads, first = start + self.index / kWarp * kWarp;
+  const int last = std::min(first + kWarp, start + threads);
   for (int i = first; i < last; ++i) {
     Fiber& f = fibers[i];
     if (!(mask >> (i - first) & 1)) continue;
@@ -362,44 +386,55 @@ int set_shared_limit(const void* kernel, int bytes) {
   return cudaSuccess;
 }
 
-int run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+int run(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes, unsigned cluster_size,
         const std::function<void()>& thread) {
   const auto limit = shared_limits.find(kernel);
   if (shared_bytes >
       static_cast<std::size_t>(limit == shared_limits.end() ? kSharedDefault : limit->second))
     return cudaErrorInvalidValue;
   const std::uint64_t count = std::uint64_t(block.x) * block.y * block.z;
-  if (count == 0 || count > kThreadLimit || grid.x * grid.y * grid.z == 0)
+  const unsigned all = grid.x * grid.y * grid.z;
+  if (count == 0 || count > kThreadLimit || all == 0 || grid.x % cluster_size != 0 ||
+      cluster_size > kClusterLimit)
     return cudaErrorInvalidConfiguration;
   threads = static_cast<int>(count);
+  cluster = static_cast<int>(cluster_size);
   body = &thread;
   blockDim = block;
   gridDim = grid;
   shared_size = shared_bytes;
-  shared.reset(new (std::align_val_t{128}) char[shared_bytes]);
-  for (int t = 0; t < threads; ++t) {
-    if (t == static_cast<int>(fibers.size())) {
+  blocks = std::vector<Block>(cluster);
+  for (Block& b : blocks) b.shared.reset(new (std::align_val_t{128}) char[shared_bytes]);
+  for (int i = 0; i < threads * cluster; ++i) {
+    if (i == static_cast<int>(fibers.size())) {
       Fiber& f = fibers.emplace_back();
-      f.index = t;
       f.context.prepare(f.stack.get(), kStack, entry);
     }
-    fibers[t].thread = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
+    const unsigned t = i % threads;
+    fibers[i].index = static_cast<int>(t);
+    fibers[i].block = i / threads;
+    fibers[i].thread = dim3(t % block.x, t / block.x % block.y, t / block.x / block.y);
   }
-  std::vector<unsigned> order(grid.x * grid.y * grid.z);
+  std::vector<unsigned> order(all / cluster_size);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random);
   variables = find_variables();
-  for (const unsigned b : order) {
-    fill_with_noise(shared.get(), shared.get() + shared_bytes);
-    fill_with_noise(variables.begin, variables.end);
-    blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
-    for (int t = 0; t < threads; ++t) {
-      fibers[t].state = State::ready;
-      fibers[t].copies.assign(1, {});
+  for (const unsigned c : order) {
+    for (int i = 0; i < cluster; ++i) {
+      const unsigned b = c * cluster_size + i;
+      blocks[i].index = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+      blocks[i].ended = 0;
+      for (Barrier& barrier : blocks[i].barriers) barrier = {};
+      fill_with_noise(blocks[i].shared.get(), blocks[i].shared.get() + shared_bytes);
     }
-    run_block();
+    fill_with_noise(variables.begin, variables.end);
+    for (int i = 0; i < threads * cluster; ++i) {
+      fibers[i].state = State::ready;
+      fibers[i].copies.assign(1, {});
+    }
+    run_cluster();
   }
-  shared.reset();
+  blocks.clear();
   return cudaSuccess;
 }
 
@@ -409,6 +444,22 @@ void named_barrier(int id, int count) {
   if (id < 1 || id >= kBarriers) fail("named barriers are 1 to 15");
   if (count < kWarp || count % kWarp != 0) fail("a named barrier counts whole warps");
   barrier(id, count);
+}
+
+int cluster_rank() { return current->block; }
+
+void cluster_sync() {
+  current->state = State::at_cluster_barrier;
+  if (++at_cluster_barrier < threads * cluster) return to_scheduler();
+  at_cluster_barrier = 0;
+  for (int i = 0; i < threads * cluster; ++i)
+    if (fibers[i].state == State::at_cluster_barrier) fibers[i].state = State::ready;
+}
+
+void* cluster_peer_address(void* address, int rank) {
+  if (rank < 0 || rank >= cluster) fail("no such block in the cluster");
+  if (!is_shared(address)) fail("an address that is not in shared memory");
+  return blocks[rank].shared.get() + (static_cast<char*>(address) - own_block().shared.get());
 }
 
 void cp_async16(void* to, const void* from, bool valid) {
@@ -483,6 +534,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = 4;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = simt::kSharedDefault;
