@@ -77,9 +77,9 @@ struct Rounds {
 
   Rounds(const Plan& plan, std::int64_t images_in_all, std::int64_t per_image) {
     const std::int64_t all = images_in_all * per_image;
-    const std::int64_t row = plan.hidden * (plan.hidden_count * element_bytes(plan) +
-                                            plan.kept_count * 4) +
-                             (plan.dim + 2) * 4;
+    const std::int64_t row =
+        plan.hidden * (plan.hidden_count * element_bytes(plan) + plan.kept_count * 4) +
+        (plan.dim + 2) * 4;
     const std::int64_t image = plan.cond_dim > 0 ? plan.hoisted * 4 : 0;
     constexpr std::int64_t kLeast = 64;
     rows = std::min(all, std::max(kLeast, kScratchBytes / (row + image / per_image + 1)));
@@ -215,9 +215,9 @@ void run(const Call& call, int device, void* stream) {
       hoist.out_stride = plan.hoisted;
       rows.hoisted = at<float>(scratch, rounds.hoisted);
       rows.hoisted_stride = plan.hoisted;
-      check(launch_product(
-          hoist, plan.precision == Precision::bf16 ? Precision::tf32 : plan.precision, device,
-          stream));
+      check(launch_product(hoist,
+                           plan.precision == Precision::bf16 ? Precision::tf32 : plan.precision,
+                           device, stream));
     }
     for (const Launch& launch : launches) {
       if (const auto* r = std::get_if<RowsLaunch>(&launch)) {

@@ -53,6 +53,29 @@ def coupling_affine(
     log_det: int,
     threads: int,
 ) -> None: ...
+def coupling_cuda_workspace(plan: int, plan_size: int, images: int, per_image: int) -> int: ...
+def coupling_cuda_run(
+    plan: int,
+    plan_size: int,
+    packed: int,
+    packed_bytes: int,
+    inverse: bool,
+    images: int,
+    per_image: int,
+    input: int,
+    cond: int,
+    output: int,
+    log_det: int,
+    workspace: int,
+    workspace_bytes: int,
+    seed: int,
+    image_offset: int,
+    fixed: int,
+    fixed_dims: int,
+    include_mode: bool,
+    device: int,
+    stream: int,
+) -> None: ...
 def gaussian_fit_run(
     heatmaps: int,
     is_double: bool,

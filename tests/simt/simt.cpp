@@ -99,8 +99,8 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   State state = State::done;
   dim3 thread;
-  int index = 0;  // in its block
-  int block = 0;  // in its cluster
+  int index = 0;               // in its block
+  int block = 0;               // in its cluster
   int barrier = 0, votes = 0;  // where it waits; the outcome of the vote there
   bool vote = false;
   unsigned mask = 0;  // of the exchange it waits in, and what it brought
@@ -171,8 +171,7 @@ void fill_with_noise(char* begin, char* end) {
 bool is_shared(const void* address) {
   const char* p = static_cast<const char*>(address);
   const char* own = own_block().shared.get();
-  return (p >= own && p < own + shared_size) ||
-         (p >= variables.begin && p < variables.end);
+  return (p >= own && p < own + shared_size) || (p >= variables.begin && p < variables.end);
 }
 
 void check_row(const void* address, const char* what) {

@@ -1,5 +1,7 @@
-"""Packs a coupling flow for the CUDA kernels: weights in the order in which warps read them, and the
-list of launches that run the flow in each direction (``csrc/coupling/cuda.h``).
+"""Coupling flows on CUDA: packing, and what the ops of :mod:`fasthyp.ops.coupling` run there.
+
+A flow is packed as weights in the order in which warps read them, and the list of launches that run
+it in each direction (``csrc/coupling/cuda.h``).
 
 Weights lie in units: 16 outputs by one k-step of 16 (bfloat16) or 8 (float32) inputs, as the tensor
 cores' operands, 16 bytes for each lane of a warp. Everything here works on the weights' own device.
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fasthyp import _C
 from fasthyp.ops._coupling_steps import (
     FoldedCoupling,
     FoldedDense,
@@ -22,6 +25,7 @@ from fasthyp.ops._coupling_steps import (
     FoldedNet,
     FoldedStep,
 )
+from fasthyp.ops._library import address, contiguous, current_stream
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 """Products of float32 numbers as three of tf32 halves; of tf32 numbers; of bfloat16 numbers."""
@@ -102,7 +106,9 @@ class _Packer:
         self.buffers = self.kept_buffers = 0
         self.units = 1
 
-    def pack(self, steps: Sequence[FoldedStep], output_index: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def pack(
+        self, steps: Sequence[FoldedStep], output_index: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         nets = {
             id(net): self.net(net, len(step.passive))
             for step in steps
@@ -168,9 +174,7 @@ class _Packer:
             self.steps = max(self.steps, steps)
             weight = self.last_layer(first.weight, inputs)
             bias = self.floats(first.bias)
-            return _Net(
-                *(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope)
-            )
+            return _Net(*(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope))
         steps = -(-passive * self.k_steps // 16)
         self.steps = max(self.steps, _up(steps, self.k_steps))
         hoisted = self.hoist_layer(first)
@@ -372,3 +376,115 @@ class _Operations:
 
     def linear(self, weight: int, shift: int, diagonal: bool) -> None:
         self._add("linear", weight=weight // 16, bias=shift // 16, mode=int(diagonal))
+
+
+# --- ops ---
+
+
+def flow(
+    x: Tensor, cond: Tensor | None, packed: Tensor, plan: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """x (B, M, D), cond (B, C) -> out (B, M, D), log-Jacobian (B, M)."""
+    dim = _check(plan, packed)
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
+    _check_float("x", x, packed)
+    _check_cond(plan, packed, cond, x.shape[0])
+    if cond is not None and x.shape[1] == 1 and x.shape[0] > 1 and cond.stride(0) == 0:
+        # one condition expanded over all rows is one image
+        flat, log_det = flow(x.transpose(0, 1), cond[:1], packed, plan, inverse)
+        return flat.transpose(0, 1).contiguous(), log_det.transpose(0, 1).contiguous()
+    return _run(plan, packed, inverse, x, cond, x.new_empty(x.shape))
+
+
+def sample(
+    cond: Tensor | None,
+    fixed: Tensor | None,
+    packed: Tensor,
+    plan: Tensor,
+    batch: int,
+    num_samples: int,
+    seed: int,
+    image_offset: int,
+    include_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    """Draws latents and inverts them: x (B, M, D), log-density (B, M)."""
+    dim = _check(plan, packed)
+    _check_cond(plan, packed, cond, batch)
+    if fixed is not None:
+        _check_float("fixed", fixed, packed)
+        if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
+            raise ValueError(
+                f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
+            )
+    out = torch.empty(batch, num_samples, dim, device=packed.device)
+    return _run(
+        *(plan, packed, True, None, cond, out),
+        seed=seed,
+        image_offset=image_offset,
+        fixed=fixed,
+        include_mode=include_mode,
+    )
+
+
+def _check(plan: Tensor, packed: Tensor) -> int:
+    """D, if these can be a plan and packed weights."""
+    if (
+        plan.device.type != "cpu"
+        or plan.dtype != torch.int64
+        or plan.dim() != 1
+        or not plan.is_contiguous()
+        or len(plan) < 4
+    ):
+        raise ValueError("plan: expected a contiguous one-dimensional int64 tensor on the CPU")
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % _ALIGN:
+        raise ValueError(f"packed: expected a contiguous, {_ALIGN}-byte aligned uint8 tensor")
+    return int(plan[1])
+
+
+def _check_float(name: str, tensor: Tensor, packed: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32 on CUDA, got {tensor.dtype}")
+    if tensor.device != packed.device:
+        raise ValueError(
+            f"{name}: expected on {packed.device}, as the flow, got it on {tensor.device}"
+        )
+
+
+def _check_cond(plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int) -> None:
+    cond_dim = int(plan[2])
+    got = None if cond is None else tuple(cond.shape)
+    if got != ((batch, cond_dim) if cond_dim or cond is not None else None):
+        raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got {got}")
+    if cond is not None:
+        _check_float("cond", cond, packed)
+
+
+def _run(
+    plan: Tensor,
+    packed: Tensor,
+    inverse: bool,
+    x: Tensor | None,
+    cond: Tensor | None,
+    out: Tensor,
+    seed: int = 0,
+    image_offset: int = 0,
+    fixed: Tensor | None = None,
+    include_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    out = out.contiguous()
+    log_det = out.new_empty(out.shape[:2])
+    if cond is not None and cond.shape[1] % 4:  # rows are copied 16 bytes at a time
+        cond = pad(cond, (0, -cond.shape[1] % 4))
+    x, cond, fixed = contiguous(x), contiguous(cond), contiguous(fixed)
+    shape = plan.data_ptr(), len(plan)
+    size = _C.coupling_cuda_workspace(*shape, *out.shape[:2])
+    workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+    device = out.device.index
+    _C.coupling_cuda_run(
+        *(*shape, packed.data_ptr(), packed.numel(), inverse, *out.shape[:2]),
+        *(address(x), address(cond), out.data_ptr(), log_det.data_ptr()),
+        *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(fixed)),
+        *(0 if fixed is None else fixed.shape[1], include_mode, device, current_stream(device)),
+    )
+    return out, log_det
