@@ -146,7 +146,7 @@ class _Packer:
         return self.add(torch.cat([pad(v.float(), (0, _up(len(v), to) - len(v))) for v in vectors]))
 
     def as_units(self, weight: Tensor, outputs: int, inputs: int, precision: int) -> Tensor:
-        """A weight padded to (outputs, inputs), multiples of 16, as (outputs / 16, k-steps, unit)."""
+        """A weight padded to multiples of 16, as (outputs / 16, k-steps, bytes of a unit)."""
         w = pad(weight.float(), (0, inputs - weight.shape[1], 0, outputs - weight.shape[0]))
         # outputs: 16, B tile, lane / 4; inputs: 16, half, lane % 4, the two of a lane
         w = w.reshape(outputs // 16, 2, 8, inputs // 16, 2, 4, 2)
@@ -477,12 +477,12 @@ def _run(
     if cond is not None and cond.shape[1] % 4:  # rows are copied 16 bytes at a time
         cond = pad(cond, (0, -cond.shape[1] % 4))
     x, cond, fixed = contiguous(x), contiguous(cond), contiguous(fixed)
-    shape = plan.data_ptr(), len(plan)
-    size = _C.coupling_cuda_workspace(*shape, *out.shape[:2])
+    batch, samples, _ = out.shape
+    size = _C.coupling_cuda_workspace(plan.data_ptr(), len(plan), batch, samples)
     workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
     device = out.device.index
     _C.coupling_cuda_run(
-        *(*shape, packed.data_ptr(), packed.numel(), inverse, *out.shape[:2]),
+        *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse, batch, samples),
         *(address(x), address(cond), out.data_ptr(), log_det.data_ptr()),
         *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(fixed)),
         *(0 if fixed is None else fixed.shape[1], include_mode, device, current_stream(device)),
