@@ -275,10 +275,8 @@ def _unfit(tensors: list[Tensor]) -> str | None:
 
 
 def _fusible(layer: Layer) -> bool:
-    if isinstance(layer, LinearLayer) or layer.kind != "affine" or len(layer.nets) > 1:
-        return False
-    if any(dense.keep for net in layer.nets if isinstance(net, Net) for dense in net.layers):
-        return False
+    if isinstance(layer, LinearLayer):
+        return True
     return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 
