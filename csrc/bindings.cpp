@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/cpu_features.h"
@@ -54,16 +55,18 @@ std::int64_t coupling_packed_bytes(const std::vector<std::int64_t>& plan) {
   return parsed(plan).packed_bytes;
 }
 
-void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, Address weight,
-                   Address bias, const std::vector<std::int64_t>& cond_columns, Address packed) {
-  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
+// tensors: address and count of each, in the order of coupling::pack.
+void coupling_pack(Address plan, std::int64_t plan_size,
+                   const std::vector<std::pair<Address, std::int64_t>>& tensors, Address packed,
+                   std::int64_t packed_bytes) {
   py::gil_scoped_release release;
-  if (flow.element == coupling::Element::f64)
-    coupling::pack_layer(flow, index, layer, pointer<const double>(weight),
-                         pointer<const double>(bias), cond_columns, pointer<std::byte>(packed));
-  else
-    coupling::pack_layer(flow, index, layer, pointer<const float>(weight),
-                         pointer<const float>(bias), cond_columns, pointer<std::byte>(packed));
+  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("flow: packed weights too short");
+  std::vector<coupling::Numbers> numbers;
+  for (const auto& [address, count] : tensors)
+    numbers.push_back({pointer<const void>(address), count});
+  coupling::pack(flow, numbers, pointer<std::byte>(packed));
 }
 
 void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,

@@ -14,12 +14,9 @@ def coupling_lanes(element: int) -> int: ...
 def coupling_pack(
     plan: int,
     plan_size: int,
-    index: int,
-    layer: int,
-    weight: int,
-    bias: int,
-    cond_columns: Sequence[int],
+    tensors: Sequence[tuple[int, int]],
     packed: int,
+    packed_bytes: int,
 ) -> None: ...
 def coupling_run(
     plan: int,

@@ -155,12 +155,13 @@ class FlowExecutor:
         if isinstance(packed, str):
             return False, f"reference: {packed}"
         couplings = [layer for layer in plan.layers if isinstance(layer, CouplingLayer)]
-        fused = sum(map(_fusible, couplings))
-        if not fused:
-            return False, "reference: no subnet is a plain MLP with a known clamp"
+        fused, linear = sum(map(_fusible, couplings)), len(plan.layers) - len(couplings)
+        if not fused and (couplings or not linear):
+            return False, "reference: no subnet has a form and a clamp that the kernels know"
         count = f"{fused}" if fused == len(couplings) else f"{fused} of {len(couplings)}"
+        steps = f" and {linear} linear steps" if linear else ""
         return True, (
-            f"{count} half-couplings fused on the CPU, precision {self.precision}; "
+            f"{count} half-couplings{steps} fused on the CPU, precision {self.precision}; "
             "calls that need gradients run the reference"
         )
 
@@ -275,10 +276,8 @@ def _unfit(tensors: list[Tensor]) -> str | None:
 
 
 def _fusible(layer: Layer) -> bool:
-    if isinstance(layer, LinearLayer) or layer.kind != "affine" or len(layer.nets) > 1:
-        return False
-    if any(dense.keep for net in layer.nets if isinstance(net, Net) for dense in net.layers):
-        return False
+    if isinstance(layer, LinearLayer):
+        return True
     return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 

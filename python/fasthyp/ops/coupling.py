@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
-from fasthyp.ops._coupling_steps import FoldedCoupling, fold
+from fasthyp.ops._coupling_steps import FoldedCoupling, FoldedLinear, fold
 from fasthyp.ops._library import address, contiguous, define
 from fasthyp.reference.coupling import Layer
 
@@ -27,6 +27,7 @@ PRECISIONS = ("highest", "high", "medium")
 
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
+_KINDS = {"affine": 0, "additive": 1, "gin": 2}
 _CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
 
 
@@ -47,7 +48,8 @@ class PackedFlow:
     A snapshot: later changes of the weights do not reach it.
 
     Args:
-        layers: the couplings in forward order; plain MLP subnets and known clamps only.
+        layers: couplings and linear layers in forward order; their subnets must be
+            :class:`~fasthyp.reference.coupling.Net`, their clamps known.
         output_index: ``z[k] = state[output_index[k]]`` (D numbers).
         dim: D. cond_dim: C, 0 for none.
         precision: see the module's text. dtype: of inputs and outputs, float32 or float64.
@@ -68,28 +70,20 @@ class PackedFlow:
         element = _ELEMENTS[self.operand_dtype]
         steps = fold(layers, dim, cond_dim, dtype)
         numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(steps), *output_index]
+        tensors: list[Tensor] = []
         for step in steps:
-            assert isinstance(step, FoldedCoupling)
-            (net,) = step.nets
-            numbers += [
-                *(len(step.active), len(step.passive), int(net.layers[0].cond_weight is not None)),
-                *(len(net.layers), _ACTIVATIONS[net.activation]),
-                *(_CLAMPS[step.clamp_activation], _bits(net.negative_slope), _bits(step.clamp)),
-                *(*step.active, *step.passive, *(len(layer.bias) for layer in net.layers)),
-            ]
+            if isinstance(step, FoldedCoupling):
+                _describe_coupling(step, numbers, tensors)
+            else:
+                _describe_linear(step, numbers, tensors)
+        tensors = [tensor.to("cpu", dtype).contiguous() for tensor in tensors]
         self.plan = torch.tensor(numbers, dtype=torch.int64)
         self.packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
-        for i, step in enumerate(steps):
-            assert isinstance(step, FoldedCoupling)
-            for j, layer in enumerate(step.nets[0].layers):
-                weight = layer.weight
-                if layer.cond_weight is not None:
-                    weight = torch.cat([weight, layer.cond_weight], 1)
-                columns = [] if layer.cond_weight is None else list(range(cond_dim))
-                _C.coupling_pack(
-                    *(self.plan.data_ptr(), len(self.plan), i, j, weight.data_ptr()),
-                    *(layer.bias.data_ptr(), columns, self.packed.data_ptr()),
-                )
+        _C.coupling_pack(
+            *(self.plan.data_ptr(), len(self.plan)),
+            [(tensor.data_ptr(), tensor.numel()) for tensor in tensors],
+            *(self.packed.data_ptr(), self.packed.numel()),
+        )
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
@@ -122,6 +116,31 @@ class PackedFlow:
             *(cond, fixed, self.packed, self.plan, batch, num_samples),
             *(_signed(seed), image_offset, include_mode),
         )
+
+
+def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[Tensor]) -> None:
+    """Appends what the plan says of a coupling, and its weights in the order of the packed form."""
+    numbers += [
+        *(0, len(step.active), len(step.passive), _KINDS[step.kind]),
+        *(_CLAMPS[step.clamp_activation], _bits(step.clamp), len(step.nets)),
+        *(*step.active, *step.passive),
+    ]
+    for net in step.nets:
+        numbers += [len(net.layers), _ACTIVATIONS[net.activation], _bits(net.negative_slope)]
+        for layer in net.layers:
+            parts = (layer.cond_weight, layer.gate, layer.add, layer.keep, layer.norm)
+            numbers.append(len(layer.bias))
+            numbers += [int(part is not None and part is not False) for part in parts]
+            numbers.append(int(layer.activate))
+            tensors.append(layer.weight)
+            if layer.cond_weight is not None:
+                tensors.append(layer.cond_weight)
+            tensors += [layer.bias, *(layer.gate or ()), *(layer.norm or ())]
+
+
+def _describe_linear(step: FoldedLinear, numbers: list[int], tensors: list[Tensor]) -> None:
+    numbers += [1, int(step.diagonal), _bits(float(step.log_det))]
+    tensors += [step.weight, step.shift, step.inverse_weight, step.inverse_shift]
 
 
 def affine_coupling(
