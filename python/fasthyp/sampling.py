@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.flows.accelerate import shared_clone
+from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.freia import describe
 from fasthyp.flows.program import FlowProgram
 from fasthyp.reference.coupling import standard_normal_log_prob
 

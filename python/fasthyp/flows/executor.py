@@ -128,7 +128,7 @@ class FlowExecutor:
         like = plan.like.new_empty(1, 0) if like is None else like
         batch, dim = like.shape[0], plan.program.dim
         packed = self._fused(plan, [like])
-        if isinstance(packed, _Packed) and packed.whole is not None:
+        if isinstance(packed, _Packed) and packed.whole is not None and not plan.program.inverted:
             return packed.whole.sample(
                 cond,
                 num_samples,
@@ -170,6 +170,7 @@ class FlowExecutor:
     def _run(self, state: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         plan = self._current_plan()
         _check_inputs(plan, state, cond, "z" if inverse else "x")
+        inverse = inverse != plan.program.inverted
         packed = self._fused(plan, [state] if cond is None else [state, cond])
         if isinstance(packed, str):
             run = reference.flow_inverse if inverse else reference.flow_forward
@@ -187,7 +188,7 @@ class FlowExecutor:
             program = plan.program
         elif isinstance(self.source, FlowProgram):
             old = self.source
-            program = FlowProgram(old.dim, old.cond_dims, old.steps)
+            program = FlowProgram(old.dim, old.cond_dims, old.steps, inverted=old.inverted)
         else:
             program = self.source()
         indices, weights = program.indices(), program.tensors()
