@@ -117,6 +117,10 @@ std::int64_t coupling_cuda_workspace(Address plan, std::int64_t plan_size, std::
                                          per_image);
 }
 
+bool coupling_cuda_fits(Address plan, std::int64_t plan_size, int device) {
+  return coupling::cuda::fits(parsed_cuda(view<std::int64_t>(plan, plan_size)), device);
+}
+
 void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
                        std::int64_t packed_bytes, bool inverse, std::int64_t images,
                        std::int64_t per_image, Address input, Address cond, Address output,
@@ -220,6 +224,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("coupling_run", &coupling_run);
   m.def("coupling_affine", &coupling_affine);
 #if defined(FASTHYP_WITH_CUDA)
+  m.def("coupling_cuda_fits", &coupling_cuda_fits);
   m.def("coupling_cuda_workspace", &coupling_cuda_workspace);
   m.def("coupling_cuda_run", &coupling_cuda_run);
 #endif

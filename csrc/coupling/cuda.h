@@ -171,6 +171,9 @@ struct Call {
   bool include_mode = false;
 };
 
+// Whether a tile of rows fits the device's shared memory.
+bool fits(const Plan& plan, int device);
+
 std::int64_t workspace_bytes(const Plan& plan, std::int64_t images, std::int64_t per_image);
 void run(const Call& call, int device, void* stream);
 

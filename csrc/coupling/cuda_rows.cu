@@ -5,6 +5,8 @@
 // layer's weights. The warps' sums are added in a fixed order; then half a warp owns a row for the
 // coupling arithmetic. What a block needs comes in one stage of the warp's own ring, several blocks
 // ahead.
+#include <algorithm>
+
 #include "common/cuda_device.h"
 #include "common/philox.h"
 #include "common/simt.h"
@@ -643,6 +645,24 @@ cudaError_t launch(RowsCall c, const Plan& plan, int device, cudaStream_t stream
 }
 
 }  // namespace
+
+bool fits(const Plan& plan, int device) {
+  const std::int64_t limit = device_limits(device).shared;
+  RowsCall trial{};
+  for (const auto& launches : plan.launches)
+    for (const Launch& launch : launches)
+      if (const auto* rows = std::get_if<RowsLaunch>(&launch))
+        trial.op_ints = std::max(trial.op_ints, static_cast<int>(rows->op_ints));
+  switch (plan.precision) {
+    case Precision::tf32x3:
+      return lay_out<Tf32x3, 1>(trial, plan, limit);
+    case Precision::tf32:
+      return lay_out<Tf32, 1>(trial, plan, limit);
+    case Precision::bf16:
+      return lay_out<Bf16, 1>(trial, plan, limit);
+  }
+  return false;
+}
 
 int launch_rows(const RowsCall& call, const Plan& plan, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);

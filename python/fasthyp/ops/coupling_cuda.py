@@ -19,30 +19,35 @@ from torch.nn.functional import pad
 
 from fasthyp import _C
 from fasthyp.ops._coupling_steps import (
+    ACTIVATIONS,
+    CLAMPS,
+    KINDS,
     FoldedCoupling,
     FoldedDense,
     FoldedLinear,
     FoldedNet,
     FoldedStep,
+    double_bits,
 )
 from fasthyp.ops._library import address, contiguous, current_stream
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 """Products of float32 numbers as three of tf32 halves; of tf32 numbers; of bfloat16 numbers."""
 
-ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
-_MODES = {"affine": 0, "additive": 1, "gin": 2}
 _FUSED, _HEAD, _TAIL, _SINGLE = range(4)
 _OP = (
     *("kind", "form", "slots", "count", "steps", "blocks", "hoisted", "weight", "bias", "columns"),
     *("raw", "shift", "hidden", "kept", "norm", "activation", "slope", "mode"),
     *("clamp_kind", "clamp"),
 )
-_KINDS = {"net": 0, "couple": 1, "linear": 2}
+_OPERATIONS = {"net": 0, "couple": 1, "linear": 2}
 _COLUMNS = 48  # outputs of a last layer that a warp holds at a time
 _UNIT_BYTES = 512
 _ALIGN = 64
+
+
+class UnsupportedOnCuda(ValueError):
+    """A flow that the CUDA kernels do not run; the message says why."""
 
 
 def pack(
@@ -56,9 +61,15 @@ def pack(
     """The plan (int64, on the CPU) and the packed weights (uint8, on ``device``).
 
     Raises:
-        ValueError: a subnet is of a form that the kernels do not have.
+        UnsupportedOnCuda: a subnet is of a form that the kernels do not have, or the flow too wide
+            for the device's shared memory.
     """
-    return _Packer(dim, cond_dim, PRECISIONS[precision], device).pack(steps, output_index)
+    plan, packed = _Packer(dim, cond_dim, PRECISIONS[precision], device).pack(steps, output_index)
+    if device.type == "cuda" and not _C.coupling_cuda_fits(
+        plan.data_ptr(), len(plan), packed.device.index
+    ):
+        raise UnsupportedOnCuda(f"a flow of {dim} dims needs more shared memory than {device} has")
+    return plan, packed
 
 
 def _up(n: int, to: int) -> int:
@@ -67,10 +78,6 @@ def _up(n: int, to: int) -> int:
 
 def _float_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def _double_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @dataclass
@@ -124,7 +131,7 @@ class _Packer:
             *(self.bytes, self.dim, self.cond_dim, _up(self.cond_dim, 4), self.precision),
             *(self.hoisted, weight, bias, self.hidden, self.buffers, self.kept_buffers),
             *(self.raw, self.steps, self.units),
-            *(int(any(not step.diagonal for step in linears)), output, _double_bits(log_det)),
+            *(int(any(not step.diagonal for step in linears)), output, double_bits(log_det)),
         ]
         for direction in launches:
             numbers += [len(direction), *(n for launch in direction for n in launch)]
@@ -163,7 +170,7 @@ class _Packer:
     def net(self, net: FoldedNet, passive: int) -> _Net:
         first, last = net.layers[0], net.layers[-1]
         if last.gate or last.add or last.keep or last.norm or last.activate or first.gate:
-            raise ValueError("its subnet ends or begins in a way that the CUDA kernels do not know")
+            raise UnsupportedOnCuda("a subnet ends or begins in a way that the kernels do not know")
         outputs = len(last.bias)
         reads_cond = first.cond_weight is not None
         slope, activation = _float_bits(net.negative_slope), ACTIVATIONS[net.activation]
@@ -328,7 +335,7 @@ class _Operations:
         return at
 
     def _add(self, kind: str, **fields: int) -> None:
-        self.records.append({"kind": _KINDS[kind], **fields})
+        self.records.append({"kind": _OPERATIONS[kind], **fields})
 
     def net(
         self, net: _Net, passive: Sequence[int], raw: int = 0, hidden: int = 0, kept: int = -1
@@ -369,7 +376,7 @@ class _Operations:
             slots=self._slots(step.active),
             count=len(step.active),
             shift=shift,
-            mode=_MODES[step.kind],
+            mode=KINDS[step.kind],
             clamp_kind=CLAMPS[step.clamp_activation],
             clamp=_float_bits(step.clamp),
         )
