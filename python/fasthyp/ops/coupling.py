@@ -20,7 +20,7 @@ from torch import Tensor
 from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops._coupling_steps import FoldedCoupling, fold
-from fasthyp.ops._library import address, contiguous, define
+from fasthyp.ops._library import address, contiguous, define, signed
 from fasthyp.reference.coupling import Layer
 
 PRECISIONS = ("highest", "high", "medium")
@@ -120,7 +120,7 @@ class PackedFlow:
             batch = 1 if cond is None else cond.shape[0]
         return coupling_sample(
             *(cond, fixed, self.packed, self.plan, batch, num_samples),
-            *(_signed(seed), image_offset, include_mode),
+            *(signed(seed), image_offset, include_mode),
         )
 
 
@@ -165,11 +165,6 @@ def philox_normal(
 def _bits(value: float) -> int:
     """A double as the integer with the same bits."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
-
-
-def _signed(seed: int) -> int:
-    """A 64-bit seed as the signed integer of an op's schema."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _check(
