@@ -92,6 +92,24 @@ def gaussian_fit_run(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
+def heatmaps_sample(
+    maps: int,
+    is_double: bool,
+    images: int,
+    joints: int,
+    height: int,
+    width: int,
+    samples: int,
+    threshold: float,
+    temperature: float,
+    flat_value: float,
+    seed: int,
+    image_offset: int,
+    points: int,
+    values: int,
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
 def philox_normal(
     out: int,
     images: int,

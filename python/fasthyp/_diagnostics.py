@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch import Tensor
 from fasthyp import _C, _environment
 from fasthyp.reference.coupling import CouplingLayer, mlp
 
-FAMILIES = {"coupling": "coupling_flow", "gaussian_fit": "fit_gaussians"}
+FAMILIES = {
+    "coupling": "coupling_flow",
+    "gaussian_fit": "fit_gaussians",
+    "heatmaps": "sample_heatmaps",
+}
 """Kernel families and an op of each."""
 
 _REBUILD = "build again: pip install --force-reinstall --no-deps fasthyp (or . in its source)"
@@ -117,6 +122,7 @@ def doctor() -> list[Check]:
             "coupling float32": lambda: _check_coupling("highest", torch.float32, 1e-4),
             "coupling float64": lambda: _check_coupling("highest", torch.float64, 1e-11),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),
+            "heatmaps": lambda: _check_samples("cpu"),
         }
         if level.endswith("bf16"):
             ops["coupling bfloat16"] = lambda: _check_coupling("medium", torch.float32, 0.05)
@@ -126,7 +132,11 @@ def doctor() -> list[Check]:
     if torch.cuda.is_available() and _C.cuda_archs:
         for i in range(torch.cuda.device_count()):
             remedy = f"rebuild with FASTHYP_CUDA_ARCHS that fit {torch.cuda.get_device_name(i)}"
-            checks.append((f"gaussian_fit, cuda:{i}", _on_device(i), remedy))
+            for name, on_device in (
+                ("gaussian_fit", _check_gaussian_fit),
+                ("heatmaps", _check_samples),
+            ):
+                checks.append((f"{name}, cuda:{i}", partial(on_device, f"cuda:{i}"), remedy))
     checks.append(("bundled model", _check_model, _WEIGHTS))
     checks.append(("bundled heatmaps", _check_heatmaps, _WEIGHTS))
     return [_run(*check) for check in checks]
@@ -146,10 +156,6 @@ def _at_level(level: str, check: Callable[[], str]) -> Callable[[], str]:
             return check()
 
     return run
-
-
-def _on_device(index: int) -> Callable[[], str]:
-    return lambda: _check_gaussian_fit(f"cuda:{index}")
 
 
 @contextmanager
@@ -207,6 +213,19 @@ def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str
         },
         tolerance,
     )
+
+
+def _check_samples(device: str) -> str:
+    from fasthyp.ops.heatmaps import sample_heatmaps
+    from fasthyp.reference.heatmaps import sample_heatmaps as reference
+
+    maps = torch.sin(torch.arange(2.0 * 3 * 13 * 17)).reshape(2, 3, 13, 17)
+    for temperature in (1.0, 0.5):
+        arguments = 40, temperature, 0.1, 0.0, 7
+        ours, expected = sample_heatmaps(maps.to(device), *arguments), reference(maps, *arguments)
+        if not torch.equal(ours[0].cpu(), expected[0]):
+            raise _Wrong(f"other cells than the reference's at temperature {temperature}")
+    return "the same cells as the reference"
 
 
 def _check_gaussian_fit(device: str) -> str:

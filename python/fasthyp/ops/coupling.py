@@ -30,7 +30,7 @@ from fasthyp.ops._coupling_steps import (
     double_bits,
     fold,
 )
-from fasthyp.ops._library import address, contiguous, define
+from fasthyp.ops._library import address, contiguous, define, signed
 from fasthyp.reference.coupling import Layer
 
 PRECISIONS = ("highest", "high", "medium")
@@ -119,7 +119,7 @@ class PackedFlow:
             batch = 1 if cond is None else cond.shape[0]
         return coupling_sample(
             *(cond, fixed, self.packed, self.plan, batch, num_samples),
-            *(_signed(seed), image_offset, include_mode),
+            *(signed(seed), image_offset, include_mode),
         )
 
 
@@ -212,11 +212,6 @@ def philox_normal(
 
 
 # --- ops ---
-
-
-def _signed(seed: int) -> int:
-    """A 64-bit seed as the signed integer of an op's schema."""
-    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _check(
