@@ -55,6 +55,7 @@ struct Plan {
   std::int64_t linear;                // 1 if there are dense linear steps
   std::int64_t packed_bytes;
   std::int64_t output_index;        // the slot of each latent dim, ints
+  std::int64_t scratch;             // bytes that are enough; more rows go in several rounds
   double log_det;                   // of the linear steps, data to latent
   std::vector<Launch> launches[2];  // forward, inverse
 };

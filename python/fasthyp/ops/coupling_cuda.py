@@ -44,6 +44,8 @@ _OPERATIONS = {"net": 0, "couple": 1, "linear": 2}
 _COLUMNS = 48  # outputs of a last layer that a warp holds at a time
 _UNIT_BYTES = 512
 _ALIGN = 64
+_SCRATCH_BYTES = 256 << 20
+"""Memory for what a round of rows needs between launches; more rows go in several rounds."""
 
 
 class UnsupportedOnCuda(ValueError):
@@ -131,7 +133,8 @@ class _Packer:
             *(self.bytes, self.dim, self.cond_dim, _up(self.cond_dim, 4), self.precision),
             *(self.hoisted, weight, bias, self.hidden, self.buffers, self.kept_buffers),
             *(self.raw, self.steps, self.units),
-            *(int(any(not step.diagonal for step in linears)), output, double_bits(log_det)),
+            *(int(any(not step.diagonal for step in linears)), output, _SCRATCH_BYTES),
+            double_bits(log_det),
         ]
         for direction in launches:
             numbers += [len(direction), *(n for launch in direction for n in launch)]
