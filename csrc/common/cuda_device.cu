@@ -29,6 +29,29 @@ void check_cuda(int error, const std::string& what, int device) {
   throw std::runtime_error(message);
 }
 
+DeviceLimits device_limits(int device) {
+  DeviceLimits limits{};
+  int major = 0;
+  check_cuda(cudaDeviceGetAttribute(&limits.processors, cudaDevAttrMultiProcessorCount, device),
+             "asking for multiprocessors", device);
+  check_cuda(
+      cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+      "asking for shared memory", device);
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "asking for the architecture", device);
+  limits.clusters = major >= 9;
+  return limits;
+}
+
+int SharedMemory::allow(const void* kernel, int device) {
+  const bool known = device < kDevices;
+  if (known && allowed_[device].load()) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits(device).shared);
+  if (error == cudaSuccess && known) allowed_[device].store(true);
+  return error;
+}
+
 DeviceGuard::DeviceGuard(int device) {
   int current = -1;
   check_cuda(cudaGetDevice(&current), "asking for the current device", -1);

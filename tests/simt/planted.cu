@@ -18,6 +18,14 @@ __global__ void reverse(const int* in, int* out) {
   out[threadIdx.x] = row[kThreads - 1 - threadIdx.x];
 }
 
+template <bool kBarrier>
+__global__ void reverse_static(const int* in, int* out) {
+  __shared__ int row[kThreads];
+  row[threadIdx.x] = in[threadIdx.x];
+  if (kBarrier) __syncthreads();
+  out[threadIdx.x] = row[kThreads - 1 - threadIdx.x];
+}
+
 __global__ void beyond(const int* in, int* out) {
   int* row = fasthyp::dynamic_shared<int>();
   row[threadIdx.x] = in[threadIdx.x];
@@ -39,23 +47,107 @@ __global__ void warp_sum(const int* in, int* out) {
   out[threadIdx.x] = v;
 }
 
+// Threads 32 to 95 read what thread 0 writes.
+template <int kCount>
+__global__ void named(const int* in, int* out) {
+  __shared__ int value;
+  if (threadIdx.x == 0) value = in[7];
+  fasthyp::simt::named_barrier(3, kCount);
+  out[threadIdx.x] = value;
+}
+
+// --- cp.async, ldmatrix and mma; `reverse` by 16 bytes, and products of matrices of ones ---
+
+enum class Fault { none, wait, barrier, reuse, aligned, bounds };
+
+template <Fault kFault>
+__global__ void async_reverse(const int* in, int* out) {
+  using namespace fasthyp::simt;
+  constexpr int kPieces = kThreads / 4;
+  int* row = fasthyp::dynamic_shared<int>();
+  const int piece = threadIdx.x, other = kThreads - 1 - threadIdx.x;
+  const int shift = kFault == Fault::aligned ? 1 : kFault == Fault::bounds ? 4 : 0;
+  if (piece < kPieces) cp_async16(row + 4 * piece, in + 4 * piece + shift, true);
+  cp_async_commit();
+  if (kFault != Fault::wait) cp_async_wait<0>();
+  if (kFault != Fault::barrier) __syncthreads();
+  const int value = row[other];
+  // the next copy into the same place must not start before all have read it
+  if (kFault != Fault::reuse) __syncthreads();
+  if (piece < kPieces) cp_async16(row + 4 * piece, nullptr, false);
+  cp_async_commit();
+  out[threadIdx.x] = value;
+}
+
+enum class Part { all, half, wrong_row, not_shared };
+
+// Row i of a is i everywhere, b is the identity: column n of the product is column n of a.
+template <Part kPart>
+__global__ void product(const int*, int* out) {
+  using namespace fasthyp::simt;
+  __shared__ __align__(16) std::uint32_t a[16 * 12];
+  const int lane = threadIdx.x % 32, group = lane / 4, t = lane % 4;
+  const float value = static_cast<float>(lane % 16);
+  for (int i = 0; i < 4; ++i)
+    if (threadIdx.x < 32) a[lane % 16 * 12 + lane / 16 * 4 + i] = pack_bf16(value, value);
+  __syncthreads();
+  std::uint32_t fragment_a[4], fragment_b[2];
+  const int row = kPart == Part::wrong_row ? (lane + 8) % 16 : lane % 16;
+  const std::uint32_t* address = a + row * 12 + lane / 16 * 4;
+  ldmatrix_x4(fragment_a, kPart == Part::not_shared ? fragment_a : address);
+  fragment_b[0] = pack_bf16(group == 2 * t ? 1 : 0, group == 2 * t + 1 ? 1 : 0);
+  fragment_b[1] = 0;
+  float c[4] = {};
+  if (kPart != Part::half || lane < 16) mma_bf16(c, fragment_a, fragment_b);
+  out[threadIdx.x] = static_cast<int>(c[0] + c[1] + 100 * (c[2] + c[3])) / 2;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
   simt::set_seed(std::strtoull(argv[2], nullptr, 10));
   const auto is = [&](const char* kind) { return std::strcmp(argv[1], kind) == 0; };
-  int in[kThreads], out[kThreads] = {};
+  alignas(16) int in[kThreads], out[kThreads] = {};
   for (int i = 0; i < kThreads; ++i) in[i] = i;
   cudaLaunchConfig_t config{};
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = sizeof in;
-  const auto kernel = is("correct")     ? reverse<true>
-                      : is("barrier")   ? reverse<false>
-                      : is("bounds")    ? beyond
-                      : is("divergent") ? divergent
-                                        : warp_sum;
+  struct Named {
+    const char* name;
+    void (*kernel)(const int*, int*);
+  };
+  constexpr Named kernels[] = {
+      {"correct", reverse<true>},
+      {"barrier", reverse<false>},
+      {"static", reverse_static<true>},
+      {"static, no barrier", reverse_static<false>},
+      {"bounds", beyond},
+      {"divergent", divergent},
+      {"shuffle", warp_sum},
+      {"configuration", warp_sum},
+      {"shared", warp_sum},
+      {"named", named<96>},
+      {"named, too few", named<64>},
+      {"named, too many", named<128>},
+      {"named, half a warp", named<80>},
+      {"async", async_reverse<Fault::none>},
+      {"async, no wait", async_reverse<Fault::wait>},
+      {"async, no barrier", async_reverse<Fault::barrier>},
+      {"async, reused at once", async_reverse<Fault::reuse>},
+      {"async, not aligned", async_reverse<Fault::aligned>},
+      {"async, bounds", async_reverse<Fault::bounds>},
+      {"product", product<Part::all>},
+      {"product, half a warp", product<Part::half>},
+      {"product, wrong row", product<Part::wrong_row>},
+      {"product, not shared", product<Part::not_shared>},
+  };
+  void (*kernel)(const int*, int*) = nullptr;
+  for (const Named& k : kernels)
+    if (is(k.name)) kernel = k.kernel;
+  if (!kernel) return 2;
   if (is("configuration")) config.blockDim = dim3(2048);
+  if (is("shared")) config.dynamicSmemBytes = 48 * 1024 + 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, in, out);
   if (error != cudaSuccess) std::printf("%s\n", cudaGetErrorString(error));
   for (int i = 0; i < kThreads; ++i) std::printf("%d ", out[i]);

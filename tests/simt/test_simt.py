@@ -4,6 +4,7 @@ AddressSanitizer and UndefinedBehaviorSanitizer, compared with the CPU kernels."
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,18 +21,23 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = [
-    *("-std=c++20", "-O1", "-g", "-ffp-contract=off"),
+    *("-std=c++20", "-O1", "-g1", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
     *("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"),
     '-DFASTHYP_CUDA_ARCHS="host"',
     *("-I", str(HERE), "-I", str(SOURCES)),
 ]
 
+LANGUAGE = {".o": "none"}  # everything else is C++ to the compiler
+
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 
 
 def build(target: Path, *sources: Path) -> Path:
-    command = [str(COMPILER), *FLAGS, "-x", "c++", *map(str, sources), "-o", str(target)]
+    """A program, or an object file where the target's name says so."""
+    kind = ["-c"] if target.suffix == ".o" else []
+    inputs = [word for path in sources for word in ("-x", LANGUAGE.get(path.suffix, "c++"), path)]
+    command = [str(COMPILER), *FLAGS, *kind, *map(str, inputs), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "sanitizer" in done.stderr and "No such file" in done.stderr:
         pytest.skip("the compiler has no sanitizers")
@@ -40,16 +46,29 @@ def build(target: Path, *sources: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("simt")
-    return build(folder / "planted", HERE / "simt.cpp", HERE / "planted.cu")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("simt")
 
 
 @pytest.fixture(scope="module")
-def gaussian_fit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("simt")
+def emulation(folder: Path) -> Path:
+    return build(folder / "simt.o", HERE / "simt.cpp")
+
+
+@pytest.fixture(scope="module")
+def primitives(folder: Path, emulation: Path) -> Path:
+    return build(folder / "primitives", HERE / "primitives.cu", emulation)
+
+
+@pytest.fixture(scope="module")
+def planted(folder: Path, emulation: Path) -> Path:
+    return build(folder / "planted", HERE / "planted.cu", emulation)
+
+
+@pytest.fixture(scope="module")
+def gaussian_fit(folder: Path, emulation: Path) -> Path:
     kernels = [SOURCES / "gaussian_fit" / "cuda.cu", SOURCES / "common" / "cuda_device.cu"]
-    return build(folder / "fit", HERE / "simt.cpp", HERE / "gaussian_fit.cpp", *kernels)
+    return build(folder / "fit", HERE / "gaussian_fit.cpp", *kernels, emulation)
 
 
 def execute(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -68,9 +87,37 @@ def row(kind: str, program: Path, seed: int) -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
-def test_correct_kernel(planted: Path) -> None:
-    for seed in range(8):
-        assert row("correct", planted, seed) == list(range(95, -1, -1))
+REVERSED = list(range(95, -1, -1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_primitives(primitives: Path, seed: int) -> None:
+    done = execute(primitives, seed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def build_with_nvcc(target: Path, *flags: str) -> Path:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc on PATH")
+    command = [nvcc, "-std=c++20", "-Werror", "all-warnings", "-I", str(SOURCES), *flags]
+    command += [str(HERE / "primitives.cu"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_primitives_compile_with_nvcc(tmp_path: Path) -> None:
+    archs = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 90)]
+    build_with_nvcc(tmp_path / "primitives.o", "-c", *archs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_primitives_on_a_gpu(tmp_path: Path) -> None:
+    """The emulation and the hardware keep the same promises."""
+    done = execute(build_with_nvcc(tmp_path / "primitives", "-arch=native"))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_shuffles(planted: Path) -> None:
@@ -79,26 +126,75 @@ def test_shuffles(planted: Path) -> None:
         assert sums[::32] == [sum(range(start, start + 32)) for start in (0, 32, 64)]
 
 
-def test_missing_barrier_is_caught(planted: Path) -> None:
-    for seed in range(8):
-        assert row("barrier", planted, seed) != list(range(95, -1, -1))
-
-
 def test_read_out_of_bounds_is_caught(planted: Path) -> None:
     done = execute(planted, "bounds", 0)
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
 
 
-def test_divergent_barrier_is_caught(planted: Path) -> None:
-    done = execute(planted, "divergent", 0)
+def test_copy_out_of_bounds_is_caught(planted: Path) -> None:
+    done = execute(planted, "async, bounds", 0)
+    assert done.returncode != 0
+    assert "stack-buffer-overflow" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["correct", "static", "async"])
+def test_correct_kernel(planted: Path, kind: str) -> None:
+    for seed in range(8):
+        assert row(kind, planted, seed) == REVERSED
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "barrier",
+        "static, no barrier",
+        "async, no wait",
+        "async, no barrier",
+        "async, reused at once",
+    ],
+)
+def test_missing_barrier_is_caught(planted: Path, kind: str) -> None:
+    for seed in range(8):
+        assert row(kind, planted, seed) != REVERSED
+
+
+def test_named_barrier(planted: Path) -> None:
+    for seed in range(8):
+        assert row("named", planted, seed) == [7] * 96
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("divergent", "deadlock"),
+        ("named, too few", "32 wait at barrier 3"),
+        ("named, too many", "96 wait at barrier 3"),
+        ("named, half a warp", "counts whole warps"),
+        ("async, not aligned", "not aligned to 16 bytes"),
+        ("product, half a warp", "48 wait for lanes of their warp"),
+        ("product, not shared", "not in shared memory"),
+    ],
+)
+def test_reported_mistake(planted: Path, kind: str, message: str) -> None:
+    done = execute(planted, kind, 0)
     assert done.returncode == 86
-    assert "simt:" in done.stderr
+    assert re.search(f"simt: .*{message}", done.stderr), done.stderr
 
 
-def test_launch_errors(planted: Path) -> None:
-    done = execute(planted, "configuration", 0)
-    assert "invalid configuration argument" in done.stdout
+def test_product(planted: Path) -> None:
+    """A wrong row address shows in the result: lane 4 g + t has rows g and g + 8 of it."""
+    expected = [lane // 4 + 100 * (lane // 4 + 8) for lane in range(32)] * 3
+    assert row("product", planted, 0) == expected
+    assert row("product, wrong row", planted, 0) != expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("configuration", "invalid configuration argument"), ("shared", "invalid argument")],
+)
+def test_launch_errors(planted: Path, kind: str, message: str) -> None:
+    assert message in execute(planted, kind, 0).stdout
 
 
 # --- gaussian_fit ---

@@ -287,7 +287,7 @@ def couple(
 
 
 def linear(state: Tensor, layer: LinearLayer, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Apply a linear layer to a state (..., D) -> new state, log|det| (), of the direction taken."""
+    """Apply a linear layer to a state (..., D) -> new state, log|det| () of the direction taken."""
     m = layer.evaluate(*layer.tensors)
     back = _inverse(layer.slots)
     if layer.diagonal:
