@@ -135,18 +135,8 @@ class _Subnets:
     """Makes the subnets of a block, each as the weights under its name are."""
 
     def __init__(self, weights: dict[str, Tensor], prefix: str) -> None:
-        names = [
-            "F",
-            "G",
-            "subnet",
-            "subnet1",
-            "subnet2",
-            "subnet_s1",
-            "subnet_t1",
-            "subnet_s2",
-            "subnet_t2",
-        ]
-        used = [name for name in names if f"{prefix}{name}.0.weight" in weights]
+        ends = ("F", "G", "subnet", *(f"subnet{x}{k}" for k in (1, 2) for x in ("", "_s", "_t")))
+        used = [name for name in ends if f"{prefix}{name}.0.weight" in weights]
         self._rest = iter([_mlp(weights, f"{prefix}{name}.") for name in used])
 
     def __call__(self, inputs: int, outputs: int) -> nn.Module:
