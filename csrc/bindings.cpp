@@ -126,8 +126,9 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
                        std::int64_t packed_bytes, bool inverse, std::int64_t images,
                        std::int64_t per_image, Address input, Address cond, Address output,
                        Address log_det, Address workspace, std::int64_t workspace_bytes,
-                       std::uint64_t seed, std::int64_t image_offset, Address fixed, int fixed_dims,
-                       bool include_mode, int device, Address stream) {
+                       std::uint64_t seed, std::int64_t image_offset, Address counter,
+                       Address fixed, int fixed_dims, bool include_mode, int device,
+                       Address stream) {
   py::gil_scoped_release release;
   const auto& flow = parsed_cuda(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
@@ -138,7 +139,7 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
       {&flow, pointer<const std::byte>(packed), inverse, images, per_image,
        pointer<const float>(input), pointer<const float>(cond), pointer<float>(output),
        pointer<float>(log_det), pointer<std::byte>(workspace), workspace_bytes, seed, image_offset,
-       pointer<const float>(fixed), fixed_dims, include_mode},
+       pointer<const std::int64_t>(counter), pointer<const float>(fixed), fixed_dims, include_mode},
       device, pointer<void>(stream));
 }
 #endif

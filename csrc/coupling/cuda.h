@@ -110,6 +110,7 @@ struct RowsCall {
   const float* input;
   std::uint64_t seed;
   std::int64_t image_offset;
+  const std::int64_t* counter;  // on the device: seed and image offset to add to these, or null
   const float* fixed;
   int fixed_dims;
   bool include_mode;
@@ -167,6 +168,7 @@ struct Call {
   std::int64_t workspace_bytes;
   std::uint64_t seed = 0;
   std::int64_t image_offset = 0;
+  const std::int64_t* counter = nullptr;  // on the device: seed and image offset to add; may be null
   const float* fixed = nullptr;
   int fixed_dims = 0;
   bool include_mode = false;

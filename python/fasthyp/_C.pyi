@@ -68,6 +68,7 @@ def coupling_cuda_run(
     workspace_bytes: int,
     seed: int,
     image_offset: int,
+    counter: int,
     fixed: int,
     fixed_dims: int,
     include_mode: bool,

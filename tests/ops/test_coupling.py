@@ -820,6 +820,12 @@ def test_sample(fixed_dim: int, include_mode: bool) -> None:
     torch.testing.assert_close(log_prob, want_log_prob, rtol=1e-5, atol=1e-5)
     if include_mode:
         assert not noise[:, 0].any()
+    counter = torch.tensor([2, 6])
+    again = packed.sample(cond, 20, 3, None, 1, fixed, include_mode, counter)
+    assert torch.equal(again[0], x)
+    assert torch.equal(again[1], log_prob)
+    with pytest.raises(ValueError, match="counter: expected int64"):
+        packed.sample(cond, 20, 3, counter=counter.int())
 
 
 @pytest.mark.parametrize("fixed_dim", [0, 2])

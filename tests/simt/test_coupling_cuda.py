@@ -72,11 +72,13 @@ class Emulated:
         image_offset: int = 0,
         fixed: Tensor | None = None,
         include_mode: bool = False,
+        counter: bool = False,
     ) -> tuple[Tensor, Tensor]:
         fixed_dims = 0 if fixed is None else fixed.shape[1]
         numbers = [
             *(len(self.plan), self.packed.numel(), inverse, batch, samples),
             *(x is not None, cond is not None, seed, image_offset, fixed_dims, include_mode),
+            counter,
         ]
         if cond is not None:
             cond = torch.nn.functional.pad(cond, (0, -cond.shape[1] % 4))
@@ -251,6 +253,9 @@ def test_samples(program: Path, tmp_path: Path, fixed_dim: int, residual: bool) 
     x, log_prob = flow.run(True, 3, 11, None, cond, **options)
     noise = reference.philox_normal(3, 11, 13 - fixed_dim, 7, 2**31 + 5, True)
     z = noise if fixed is None else torch.cat([noise, fixed[:, None].expand(-1, 11, -1)], -1)
+    again = flow.run(True, 3, 11, None, cond, **options, counter=True)
+    assert torch.equal(x, again[0])
+    assert torch.equal(log_prob, again[1])
     want, log_jac = reference.flow_inverse(layers, index, z, cond)
     torch.testing.assert_close(x, want, rtol=2e-5, atol=2e-5)
     want_log_prob = reference.standard_normal_log_prob(noise) - log_jac
