@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/cpu_features.h"
@@ -16,6 +17,7 @@
 #include "common/philox_cpu.h"
 #include "common/thread_pool.h"
 #include "coupling/coupling.h"
+#include "coupling/cuda.h"
 #include "gaussian_fit/gaussian_fit.h"
 #include "heatmaps/heatmaps.h"
 
@@ -54,16 +56,18 @@ std::int64_t coupling_packed_bytes(const std::vector<std::int64_t>& plan) {
   return parsed(plan).packed_bytes;
 }
 
-void coupling_pack(Address plan, std::int64_t plan_size, int index, int layer, Address weight,
-                   Address bias, const std::vector<std::int64_t>& cond_columns, Address packed) {
-  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
+// tensors: address and count of each, in the order of coupling::pack.
+void coupling_pack(Address plan, std::int64_t plan_size,
+                   const std::vector<std::pair<Address, std::int64_t>>& tensors, Address packed,
+                   std::int64_t packed_bytes) {
   py::gil_scoped_release release;
-  if (flow.element == coupling::Element::f64)
-    coupling::pack_layer(flow, index, layer, pointer<const double>(weight),
-                         pointer<const double>(bias), cond_columns, pointer<std::byte>(packed));
-  else
-    coupling::pack_layer(flow, index, layer, pointer<const float>(weight),
-                         pointer<const float>(bias), cond_columns, pointer<std::byte>(packed));
+  const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("flow: packed weights too short");
+  std::vector<coupling::Numbers> numbers;
+  for (const auto& [address, count] : tensors)
+    numbers.push_back({pointer<const void>(address), count});
+  coupling::pack(flow, numbers, pointer<std::byte>(packed));
 }
 
 void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,
@@ -93,6 +97,51 @@ void coupling_affine(Address state, std::int64_t rows, int dim, Address raw, boo
     coupling::affine(pointer<float>(state), rows, dim, pointer<const float>(raw), active, clamp,
                      kind, inverse, pointer<float>(log_det), threads);
 }
+
+// --- coupling on CUDA ---
+
+#if defined(FASTHYP_WITH_CUDA)
+const coupling::cuda::Plan& parsed_cuda(std::span<const std::int64_t> numbers) {
+  thread_local std::vector<std::int64_t> before;
+  thread_local coupling::cuda::Plan plan;
+  if (!std::equal(numbers.begin(), numbers.end(), before.begin(), before.end())) {
+    before.clear();  // stays empty if parsing throws
+    plan = coupling::cuda::parse_plan(numbers);
+    before.assign(numbers.begin(), numbers.end());
+  }
+  return plan;
+}
+
+std::int64_t coupling_cuda_workspace(Address plan, std::int64_t plan_size, std::int64_t images,
+                                     std::int64_t per_image) {
+  return coupling::cuda::workspace_bytes(parsed_cuda(view<std::int64_t>(plan, plan_size)), images,
+                                         per_image);
+}
+
+bool coupling_cuda_fits(Address plan, std::int64_t plan_size, int device) {
+  return coupling::cuda::fits(parsed_cuda(view<std::int64_t>(plan, plan_size)), device);
+}
+
+void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
+                       std::int64_t packed_bytes, bool inverse, std::int64_t images,
+                       std::int64_t per_image, Address input, Address cond, Address output,
+                       Address log_det, Address workspace, std::int64_t workspace_bytes,
+                       std::uint64_t seed, std::int64_t image_offset, Address fixed, int fixed_dims,
+                       bool include_mode, int device, Address stream) {
+  py::gil_scoped_release release;
+  const auto& flow = parsed_cuda(view<std::int64_t>(plan, plan_size));
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("CUDA flow: packed weights too short");
+  if (fixed_dims < 0 || fixed_dims > flow.dim)
+    throw std::invalid_argument("CUDA flow: fixed too wide");
+  coupling::cuda::run(
+      {&flow, pointer<const std::byte>(packed), inverse, images, per_image,
+       pointer<const float>(input), pointer<const float>(cond), pointer<float>(output),
+       pointer<float>(log_det), pointer<std::byte>(workspace), workspace_bytes, seed, image_offset,
+       pointer<const float>(fixed), fixed_dims, include_mode},
+      device, pointer<void>(stream));
+}
+#endif
 
 // --- gaussian_fit ---
 
@@ -213,6 +262,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("coupling_pack", &coupling_pack);
   m.def("coupling_run", &coupling_run);
   m.def("coupling_affine", &coupling_affine);
+#if defined(FASTHYP_WITH_CUDA)
+  m.def("coupling_cuda_fits", &coupling_cuda_fits);
+  m.def("coupling_cuda_workspace", &coupling_cuda_workspace);
+  m.def("coupling_cuda_run", &coupling_cuda_run);
+#endif
   m.def("gaussian_fit_run", &gaussian_fit_run);
   m.def("heatmaps_sample", &heatmaps_sample);
   m.def("cuda_device_count", [] {

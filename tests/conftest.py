@@ -9,6 +9,7 @@ the tests run over the files there too.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -23,6 +24,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+
+from fasthyp.flows.freia_master import MasterAllInOneBlock
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -53,27 +56,91 @@ class Golden:
         """The weights, under the keys of the official code."""
         return {name[3:]: self[name] for name in self.names if name.startswith("sd/")}
 
-    def glow(self) -> ff.GraphINN:
-        """The FrEIA flow that made the file, in eval mode: blocks and permutations in turn."""
+    def freia(self) -> ff.GraphINN | ff.SequenceINN:
+        """The FrEIA flow that made the file, in eval mode."""
+        kind = self.path.stem.removeprefix("freia_")
+        if kind.startswith(("glow", "head_glow")):
+            # humr_small-like files leave some settings out: FrEIA's defaults
+            names = ("clamp", "clamp_activation", "split_len")
+            settings = {k: self.meta[k] for k in names if self.meta.get(k)}
+            net = self._graph(fm.GLOWCouplingBlock, settings)
+        elif kind == "other_sequence":
+            net = self._mixed_sequence()
+        elif "allinone" in kind:
+            net = self._all_in_one(kind.startswith("head_"))
+        else:
+            block = {
+                "rnvp": fm.RNVPCouplingBlock,
+                "rnvp_tanh": fm.RNVPCouplingBlock,
+                "nice": fm.NICECouplingBlock,
+                "gin": fm.GINCouplingBlock,
+                "onesided": fm.AffineCouplingOneSided,
+                "condaffine": fm.ConditionalAffineTransform,
+            }[kind.removeprefix("other_")]
+            net = self._graph(block, ast.literal_eval(self.meta["args"]))
+        net.load_state_dict(self.state_dict())
+        return net.eval()
+
+    def _graph(self, block: Any, settings: dict[str, Any]) -> ff.GraphINN:
+        """Blocks and permutations in turn."""
         weights, meta = self.state_dict(), self.meta
         nodes = [ff.InputNode(meta["dim"], name="input")]
         conditions = [ff.ConditionNode(c, name=f"cond{i}") for i, c in enumerate(meta["cond_dims"])]
-        # humr_small-like files leave some settings out: FrEIA's defaults
-        settings = {k: meta[k] for k in ("clamp", "clamp_activation", "split_len") if meta.get(k)}
         for k in range(meta["blocks"]):
-            subnets = iter(
-                [
-                    _mlp(weights, f"module_list.{2 * k}.subnet1."),
-                    _mlp(weights, f"module_list.{2 * k}.subnet2."),
-                ]
-            )
-            arguments = {**settings, "subnet_constructor": lambda _i, _o, s=subnets: next(s)}
-            nodes.append(ff.Node(nodes[-1], fm.GLOWCouplingBlock, arguments, conditions))
+            subnets = _Subnets(weights, f"module_list.{2 * k}.")
+            arguments = {**settings, "subnet_constructor": subnets}
+            nodes.append(ff.Node(nodes[-1], block, arguments, conditions))
             nodes.append(ff.Node(nodes[-1], fm.PermuteRandom, {"seed": k}))
         nodes.append(ff.OutputNode(nodes[-1], name="output"))
-        net = ff.GraphINN([*nodes, *conditions])
-        net.load_state_dict(weights)
-        return net.eval()
+        return ff.GraphINN([*nodes, *conditions])
+
+    def _all_in_one(self, master: bool) -> ff.SequenceINN:
+        net = ff.SequenceINN(self.meta["dim"])
+        for k in range(self.meta["blocks"]):
+            self._append(
+                net,
+                MasterAllInOneBlock if master else fm.AllInOneBlock,
+                0 if self.meta["cond_dims"] else None,
+                **ast.literal_eval(self.meta["args"]),
+                subnet_constructor=_Subnets(self.state_dict(), f"module_list.{k}."),
+            )
+        return net
+
+    def _mixed_sequence(self) -> ff.SequenceINN:
+        net = ff.SequenceINN(self.meta["dim"])
+        for k, (block, cond, settings) in enumerate(
+            [
+                (fm.GLOWCouplingBlock, 0, {"clamp": 2.0}),
+                (fm.PermuteRandom, None, {"seed": 3}),
+                (fm.RNVPCouplingBlock, 1, {"clamp": 1.0}),
+                (fm.PermuteRandom, None, {"seed": 4}),
+                (fm.NICECouplingBlock, None, {}),
+                (fm.PermuteRandom, None, {"seed": 5}),
+                (fm.AllInOneBlock, 1, {}),
+                (fm.GINCouplingBlock, 0, {"clamp": 2.0}),
+            ]
+        ):
+            if block is not fm.PermuteRandom:
+                subnets = _Subnets(self.state_dict(), f"module_list.{k}.")
+                settings = {**settings, "subnet_constructor": subnets}
+            self._append(net, block, cond, **settings)
+        return net
+
+    def _append(self, net: ff.SequenceINN, block: Any, cond: int | None, **settings: Any) -> None:
+        shape = None if cond is None else (self.meta["cond_dims"][cond],)
+        net.append(block, cond=cond, cond_shape=shape, **settings)
+
+
+class _Subnets:
+    """Makes the subnets of a block, each as the weights under its name are."""
+
+    def __init__(self, weights: dict[str, Tensor], prefix: str) -> None:
+        ends = ("F", "G", "subnet", *(f"subnet{x}{k}" for k in (1, 2) for x in ("", "_s", "_t")))
+        used = [name for name in ends if f"{prefix}{name}.0.weight" in weights]
+        self._rest = iter([_mlp(weights, f"{prefix}{name}.") for name in used])
+
+    def __call__(self, inputs: int, outputs: int) -> nn.Module:
+        return next(self._rest)
 
 
 def _mlp(weights: dict[str, Tensor], prefix: str) -> nn.Sequential:

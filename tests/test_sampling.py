@@ -320,9 +320,9 @@ def test_not_a_flow(flow: Any) -> None:
 
 
 def test_flows_that_cannot_be_sampled(net: Any) -> None:
-    rnvp = ff.SequenceINN(6)
-    rnvp.append(fm.RNVPCouplingBlock, subnet_constructor=lambda i, o: nn.Linear(i, o))
-    with pytest.raises(flows.UnsupportedFlow, match="RNVPCouplingBlock"):
-        HypothesisSampler(rnvp)
+    scaling = ff.SequenceINN(6)
+    scaling.append(fm.LearnedElementwiseScaling)
+    with pytest.raises(flows.UnsupportedFlow, match="LearnedElementwiseScaling"):
+        HypothesisSampler(scaling)
     with pytest.raises(ValueError, match="precision"):
         HypothesisSampler(net, precision="double")

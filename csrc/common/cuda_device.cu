@@ -46,8 +46,8 @@ DeviceLimits device_limits(int device) {
 int SharedMemory::allow(const void* kernel, int device) {
   const bool known = device < kDevices;
   if (known && allowed_[device].load()) return cudaSuccess;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 device_limits(device).shared);
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device_limits(device).shared);
   if (error == cudaSuccess && known) allowed_[device].store(true);
   return error;
 }

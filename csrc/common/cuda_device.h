@@ -21,8 +21,8 @@ struct DeviceLimits {
 };
 DeviceLimits device_limits(int device);
 
-// Lets a kernel use all the shared memory that a block may ask for. One per kernel, static; remembers
-// the devices, so that a launch in a captured stream asks nothing.
+// Lets a kernel use all the shared memory that a block may ask for. One per kernel, static;
+// remembers the devices, so that a launch in a captured stream asks nothing.
 class SharedMemory {
  public:
   // Returns a CUDA error code.

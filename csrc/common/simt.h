@@ -96,29 +96,46 @@ __device__ __forceinline__ std::uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
-// The tensor cores' products, for the architectures whose tensor cores lack the type: `multiply`
-// adds to an accumulator the products of two words. Slot s of a row of a, or of a column of b, lies
-// in lane s % 4 of its group of four lanes, in the registers of half s / 4.
-template <class Multiply>
-__device__ __forceinline__ void mma_by_shuffles(float (&c)[4], const std::uint32_t (&a)[4],
-                                                const std::uint32_t (&b)[2], Multiply multiply) {
+#if __CUDA_ARCH__ < 800
+// The products of tensor cores that lack the type. Slot s of a row of a, or of a column of b, lies
+// in lane s % 4 of its group of four lanes, in the registers of half s / 4. A call, or kernels
+// would be made of little else.
+template <bool kBf16>
+__device__ __noinline__ float4 mma_by_shuffles(float4 c, uint4 a, uint2 b) {
   constexpr unsigned kAll = 0xffffffffu;
+  const auto multiply = [](float sum, std::uint32_t x, std::uint32_t y) {
+    if (!kBf16) return fmaf(__uint_as_float(x & ~0x1fffu), __uint_as_float(y & ~0x1fffu), sum);
+    sum = fmaf(__uint_as_float(x << 16), __uint_as_float(y << 16), sum);
+    return fmaf(__uint_as_float(x & 0xffff0000u), __uint_as_float(y & 0xffff0000u), sum);
+  };
   unsigned lane;
   asm("mov.u32 %0, %%laneid;" : "=r"(lane));
   const unsigned row = lane / 4 * 4, column = lane % 4 * 8;  // first lanes of the groups
 #pragma unroll
   for (int slot = 0; slot < 8; ++slot) {
-    const int half = slot / 4, from = slot % 4;
-    const std::uint32_t upper = __shfl_sync(kAll, a[2 * half], row + from);
-    const std::uint32_t lower = __shfl_sync(kAll, a[2 * half + 1], row + from);
-    const std::uint32_t left = __shfl_sync(kAll, b[half], column + from);
-    const std::uint32_t right = __shfl_sync(kAll, b[half], column + 4 + from);
-    c[0] = multiply(c[0], upper, left);
-    c[1] = multiply(c[1], upper, right);
-    c[2] = multiply(c[2], lower, left);
-    c[3] = multiply(c[3], lower, right);
+    const int from = slot % 4;
+    const std::uint32_t upper = __shfl_sync(kAll, slot < 4 ? a.x : a.z, row + from);
+    const std::uint32_t lower = __shfl_sync(kAll, slot < 4 ? a.y : a.w, row + from);
+    const std::uint32_t left = __shfl_sync(kAll, slot < 4 ? b.x : b.y, column + from);
+    const std::uint32_t right = __shfl_sync(kAll, slot < 4 ? b.x : b.y, column + 4 + from);
+    c = make_float4(multiply(c.x, upper, left), multiply(c.y, upper, right),
+                    multiply(c.z, lower, left), multiply(c.w, lower, right));
   }
+  return c;
 }
+
+template <bool kBf16>
+__device__ __forceinline__ void mma_by_shuffles(float (&c)[4], const std::uint32_t (&a)[4],
+                                                const std::uint32_t (&b)[2]) {
+  const float4 sum =
+      mma_by_shuffles<kBf16>(make_float4(c[0], c[1], c[2], c[3]),
+                             make_uint4(a[0], a[1], a[2], a[3]), make_uint2(b[0], b[1]));
+  c[0] = sum.x;
+  c[1] = sum.y;
+  c[2] = sum.z;
+  c[3] = sum.w;
+}
+#endif
 
 // c (16 x 8) += a (16 x 16, rows) * b (16 x 8, columns), two bfloat16 a word, low half first.
 // With g = lane / 4 and t = lane % 4: a[0], a[1] are elements 2 t, 2 t + 1 of rows g and g + 8,
@@ -133,10 +150,7 @@ __device__ __forceinline__ void mma_bf16(float (&c)[4], const std::uint32_t (&a)
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  mma_by_shuffles(c, a, b, [](float sum, std::uint32_t x, std::uint32_t y) {
-    sum = fmaf(__uint_as_float(x << 16), __uint_as_float(y << 16), sum);
-    return fmaf(__uint_as_float(x & 0xffff0000u), __uint_as_float(y & 0xffff0000u), sum);
-  });
+  mma_by_shuffles<true>(c, a, b);
 #endif
 }
 
@@ -152,9 +166,7 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-  mma_by_shuffles(c, a, b, [](float sum, std::uint32_t x, std::uint32_t y) {
-    return fmaf(__uint_as_float(x & ~0x1fffu), __uint_as_float(y & ~0x1fffu), sum);
-  });
+  mma_by_shuffles<false>(c, a, b);
 #endif
 }
 

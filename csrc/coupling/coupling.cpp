@@ -49,6 +49,7 @@ class Reader {
                                   std::to_string(v));
     return static_cast<int>(v);
   }
+  bool flag(const char* what) { return integer(what, 0, 1) != 0; }
   double real() { return std::bit_cast<double>(raw()); }
   std::vector<int> slots(const char* what, int count, int dim) {
     std::vector<int> v(count);
@@ -75,21 +76,21 @@ int find(const std::vector<int>& whole, const std::vector<int>& part) {
   return at == whole.end() && !part.empty() ? -1 : static_cast<int>(at - whole.begin());
 }
 
-// Keeps the order of the coupling before if that will do.
-void choose_order(Coupling& c, const std::vector<int>& active, const std::vector<int>& passive,
-                  const std::vector<int>& before) {
-  c.order = before;
+// An order for a coupling; keeps that of the coupling before if it will do.
+std::vector<int> choose_order(Coupling& c, const std::vector<int>& active,
+                              const std::vector<int>& passive, const std::vector<int>& before) {
   c.active_at = find(before, active);
   c.passive_at = find(before, passive);
-  if (c.active_at >= 0 && c.passive_at >= 0) return;
-  c.order = active;
-  c.order.insert(c.order.end(), passive.begin(), passive.end());
+  if (c.active_at >= 0 && c.passive_at >= 0) return before;
+  std::vector<int> order = active;
+  order.insert(order.end(), passive.begin(), passive.end());
   c.active_at = 0;
   c.passive_at = static_cast<int>(active.size());
   std::vector<bool> placed(before.size(), false);
-  for (const int slot : c.order) placed[slot] = true;
+  for (const int slot : order) placed[slot] = true;
   for (int slot = 0; slot < static_cast<int>(before.size()); ++slot)
-    if (!placed[slot]) c.order.push_back(slot);
+    if (!placed[slot]) order.push_back(slot);
+  return order;
 }
 
 // For each place of `now`, the place of the same slot in `then`; empty where they are the same.
@@ -143,6 +144,280 @@ Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row
   return d;
 }
 
+// Reads a plan, and gives every matrix its place in the packed buffer.
+class PlanParser {
+ public:
+  explicit PlanParser(std::span<const std::int64_t> plan) : in_(plan) {}
+
+  Flow flow() {
+    flow_.dim = in_.integer("dim", 1, kMaxWidth);
+    flow_.cond_dim = in_.integer("cond_dim", 0, kMaxWidth);
+    flow_.element = static_cast<Element>(in_.integer("element", 0, 2));
+    flow_.lanes = in_.integer("lanes", 1, 64);
+    const int steps = in_.integer("number of steps", 0, 1 << 16);
+    const std::vector<int> output_index = in_.slots("output index", flow_.dim, flow_.dim);
+    if (!distinct(output_index))
+      throw std::invalid_argument("flow plan: output index is no permutation");
+    std::vector<int> order(flow_.dim);  // of the last coupling
+    std::iota(order.begin(), order.end(), 0);
+    for (int i = 0; i < steps; ++i) {
+      Step step;
+      if (in_.flag("step type")) {
+        step.what = linear();
+      } else {
+        step.what = coupling(order);
+        step.before = step.after = order;
+      }
+      flow_.steps.push_back(std::move(step));
+    }
+    if (!in_.done()) throw std::invalid_argument("flow plan: too long");
+    place_linear_steps();
+    for (std::size_t i = 0; i + 1 < flow_.steps.size(); ++i) {
+      Step &a = flow_.steps[i], &b = flow_.steps[i + 1];
+      b.from_before = moves(b.before, a.after);
+      a.from_after = moves(a.after, b.before);
+    }
+    std::vector<int> latent(flow_.dim);  // of a slot
+    for (int k = 0; k < flow_.dim; ++k) latent[output_index[k]] = k;
+    if (steps > 0) order = flow_.steps.back().after;
+    flow_.first_slot = steps > 0 ? flow_.steps.front().before : order;
+    for (const int slot : order) flow_.last_latent.push_back(latent[slot]);
+    flow_.packed_bytes = std::max(offset_, kAlign);
+    return std::move(flow_);
+  }
+
+ private:
+  // `order`: of the coupling before, then of this one.
+  Coupling coupling(std::vector<int>& order) {
+    Coupling c;
+    c.active = in_.integer("active count", 1, flow_.dim);
+    c.passive = in_.integer("passive count", 0, flow_.dim);
+    c.kind = static_cast<Kind>(in_.integer("kind", 0, 2));
+    c.clamp_activation = static_cast<Clamp>(in_.integer("clamp activation", 0, 5));
+    c.clamp = in_.real();
+    const int nets = in_.integer("nets", 1, c.kind == Kind::additive ? 1 : 2);
+    const std::vector<int> active = in_.slots("active slot", c.active, flow_.dim);
+    const std::vector<int> passive = in_.slots("passive slot", c.passive, flow_.dim);
+    std::vector<int> both = active;
+    both.insert(both.end(), passive.begin(), passive.end());
+    if (!distinct(both)) throw std::invalid_argument("flow plan: active and passive slots overlap");
+    order = choose_order(c, active, passive, order);
+    const int outputs = c.kind != Kind::additive && nets == 1 ? 2 * c.active : c.active;
+    int raw = 0;
+    for (int i = 0; i < nets; ++i) {
+      c.nets.push_back(net(c.passive, outputs));
+      c.nets.back().raw_at = raw;
+      raw += c.nets.back().layers.back().matrix.out_padded();
+    }
+    widen(flow_.widths.output, raw);
+    c.shift_at = nets == 2 ? c.nets[1].raw_at : c.kind == Kind::additive ? 0 : c.active;
+    return c;
+  }
+
+  Net net(int width, int outputs) {
+    Net n;
+    const int layers = in_.integer("layers", 1, 64);
+    n.activation = static_cast<Activation>(in_.integer("activation", 0, 5));
+    n.negative_slope = in_.real();
+    int width_padded = static_cast<int>(round_up(width, pair())), chunk = kChunk, kept = 0;
+    for (int l = 0; l < layers; ++l) {
+      Dense d;
+      const int out = in_.integer("layer outputs", 1, kMaxWidth);
+      const bool reads_cond = condition("reads condition", l == 0);
+      d.matrix = matrix(flow_.element, width, width_padded, out, chunk, reads_cond);
+      if (condition("gate", true)) d.gate = matrix(flow_.element, 0, 0, out, kChunk, true);
+      if (d.gate) widen(flow_.widths.input, d.gate->cond_padded);
+      flow_.gated |= d.gate.has_value();
+      d.add = in_.flag("add");
+      d.keep = in_.flag("keep");
+      if (d.add && kept != out)
+        throw std::invalid_argument("flow plan: a layer adds " + std::to_string(kept) +
+                                    " numbers to its " + std::to_string(out));
+      if (d.keep) kept = out;
+      d.norm = in_.flag("norm") ? take(2 * d.matrix.out_padded(), state_size(flow_.element)) : -1;
+      d.activate = in_.flag("activate");
+      if (l == 0) widen(flow_.widths.input, d.matrix.cond_padded + width_padded);
+      if (l > 0) widen(flow_.widths.chunk, chunk);
+      if (l > 0 && l + 1 == layers) widen(flow_.widths.chunks, (width_padded + chunk - 1) / chunk);
+      if (l + 2 < layers) widen(flow_.widths.inner, d.matrix.out_padded());
+      if (d.keep || d.add) widen(flow_.widths.kept, d.matrix.out_padded());
+      width = out;
+      width_padded = d.matrix.out_padded();
+      // The next layer sums over whole blocks of this one.
+      chunk = std::max(kChunk / d.matrix.block, 1) * d.matrix.block;
+      n.layers.push_back(d);
+    }
+    if (width != outputs)
+      throw std::invalid_argument("flow plan: the last layer must have " + std::to_string(outputs) +
+                                  " outputs");
+    return n;
+  }
+
+  Linear linear() {
+    Linear l;
+    const Element state = flow_.element == Element::f64 ? Element::f64 : Element::f32;
+    l.diagonal = in_.flag("diagonal");
+    const int in = l.diagonal ? 1 : flow_.dim;
+    for (Matrix* m : {&l.forward, &l.inverse}) *m = matrix(state, in, in, flow_.dim, kChunk, false);
+    widen(flow_.widths.output, l.forward.out_padded());
+    flow_.log_det += in_.real();
+    return l;
+  }
+
+  Matrix matrix(Element element, int in, int in_padded, int out, int chunk, bool reads_cond) {
+    Matrix m;
+    m.element = element;
+    m.in = in;
+    m.out = out;
+    m.cond_padded = reads_cond ? static_cast<int>(round_up(flow_.cond_dim, pair())) : 0;
+    m.in_padded = in_padded;
+    m.chunk = chunk;
+    m.vectors = choose_vectors((out + flow_.lanes - 1) / flow_.lanes);
+    m.block = m.vectors * flow_.lanes;
+    m.blocks = (out + m.block - 1) / m.block;
+    m.weight =
+        take(std::int64_t(m.cond_padded + in_padded) * m.out_padded(), element_size(element));
+    m.bias = take(m.out_padded(), state_size(element));
+    m.hoisted = flow_.hoisted_width;
+    if (reads_cond) flow_.hoisted_width += m.out_padded();
+    widen(flow_.widths.block, m.block);
+    return m;
+  }
+
+  // A dense step takes the state from the order of the step before to that of the next coupling;
+  // the first step has what order it likes.
+  void place_linear_steps() {
+    const auto next_coupling = [&](std::size_t i) {
+      for (; i < flow_.steps.size(); ++i)
+        if (std::holds_alternative<Coupling>(flow_.steps[i].what)) return flow_.steps[i].before;
+      std::vector<int> slots(flow_.dim);
+      std::iota(slots.begin(), slots.end(), 0);
+      return slots;
+    };
+    for (std::size_t i = 0; i < flow_.steps.size(); ++i) {
+      Step& step = flow_.steps[i];
+      const auto* l = std::get_if<Linear>(&step.what);
+      if (!l) continue;
+      step.before = i > 0 ? flow_.steps[i - 1].after : next_coupling(i);
+      step.after = l->diagonal ? step.before : next_coupling(i);
+    }
+  }
+
+  bool condition(const char* what, bool allowed) {
+    return in_.integer(what, 0, allowed && flow_.cond_dim > 0 ? 1 : 0) != 0;
+  }
+  int pair() const { return flow_.element == Element::bf16 ? 2 : 1; }
+  std::int64_t take(std::int64_t numbers, std::size_t size) {
+    const std::int64_t at = offset_;
+    offset_ = round_up(offset_ + numbers * static_cast<std::int64_t>(size), kAlign);
+    return at;
+  }
+  static void widen(int& width, int needed) { width = std::max(width, needed); }
+
+  Reader in_;
+  Flow flow_{};
+  std::int64_t offset_ = 0;
+};
+
+// Copies tensors to where the kernels read them; T is the state's type.
+template <class T>
+class Packer {
+ public:
+  Packer(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed)
+      : flow_(flow), tensors_(tensors), packed_(packed) {}
+
+  void run() {
+    for (const Step& step : flow_.steps) {
+      if (const auto* c = std::get_if<Coupling>(&step.what)) {
+        for (const Net& net : c->nets)
+          for (const Dense& layer : net.layers) dense(layer);
+      } else {
+        const auto& l = std::get<Linear>(step.what);
+        linear(l.forward, l.diagonal, step.before, step.after);
+        linear(l.inverse, l.diagonal, step.after, step.before);
+      }
+    }
+    if (!tensors_.empty())
+      throw std::invalid_argument("pack: " + std::to_string(tensors_.size()) +
+                                  " tensors more than the plan has");
+  }
+
+ private:
+  void dense(const Dense& d) {
+    inputs(d.matrix, d.matrix.cond_padded, d.matrix.in_padded, d.matrix.in);
+    if (d.matrix.cond_padded > 0) inputs(d.matrix, 0, d.matrix.cond_padded, flow_.cond_dim);
+    vector(d.matrix, d.matrix.bias);
+    if (d.gate) {
+      inputs(*d.gate, 0, d.gate->cond_padded, flow_.cond_dim);
+      vector(*d.gate, d.gate->bias);
+    }
+    if (d.norm >= 0) {
+      vector(d.matrix, d.norm);
+      vector(d.matrix, d.norm + d.matrix.out_padded() * static_cast<std::int64_t>(sizeof(T)));
+    }
+  }
+
+  // The places before and after stand for slots of the given matrix and vector.
+  void linear(const Matrix& m, bool diagonal, const std::vector<int>& before,
+              const std::vector<int>& after) {
+    const T* weight = take(std::int64_t(m.in) * m.out);
+    const T* shift = take(m.out);
+    fill(m, 0, m.in, [&](int o, int k) {
+      return diagonal ? weight[after[o]] : weight[std::int64_t(after[o]) * m.in + before[k]];
+    });
+    T* bias = reinterpret_cast<T*>(packed_ + m.bias);
+    for (int o = 0; o < m.out_padded(); ++o) bias[o] = o < m.out ? shift[after[o]] : T(0);
+  }
+
+  // A weight (out, given) as stored inputs [first, first + count), of which the last may be
+  // padding.
+  void inputs(const Matrix& m, int first, int count, int given) {
+    const T* weight = take(std::int64_t(given) * m.out);
+    fill(m, first, count,
+         [&](int o, int k) { return k < given ? weight[std::int64_t(o) * given + k] : T(0); });
+  }
+
+  void vector(const Matrix& m, std::int64_t at) {
+    T* to = reinterpret_cast<T*>(packed_ + at);
+    std::fill(std::copy_n(take(m.out), m.out, to), to + m.out_padded(), T(0));
+  }
+
+  // Stored inputs [first, first + count) of all outputs o: value(o, input - first).
+  template <class F>
+  void fill(const Matrix& m, int first, int count, F&& value) {
+    const std::int64_t stored = m.cond_padded + m.in_padded;
+    const int pair = m.element == Element::bf16 ? 2 : 1;
+    for (int b = 0; b < m.blocks; ++b)
+      for (int k = 0; k < count; ++k) {
+        const std::int64_t line = b * stored + (first + k) / pair * pair;
+        for (int i = 0; i < m.block; ++i) {
+          const int o = b * m.block + i;
+          const T v = o < m.out ? value(o, k) : T(0);
+          const std::int64_t at = line * m.block + i * pair + (first + k) % pair;
+          if (m.element == Element::bf16)
+            reinterpret_cast<std::uint16_t*>(packed_ + m.weight)[at] =
+                to_bf16(static_cast<float>(v));
+          else
+            reinterpret_cast<T*>(packed_ + m.weight)[at] = v;
+        }
+      }
+  }
+
+  const T* take(std::int64_t count) {
+    if (tensors_.empty()) throw std::invalid_argument("pack: the plan has more tensors");
+    const Numbers next = tensors_.front();
+    if (next.count != count)
+      throw std::invalid_argument("pack: expected a tensor of " + std::to_string(count) +
+                                  " numbers, got " + std::to_string(next.count));
+    tensors_ = tensors_.subspan(1);
+    return static_cast<const T*>(next.data);
+  }
+
+  const Flow& flow_;
+  std::span<const Numbers> tensors_;
+  std::byte* packed_;
+};
+
 // Hoisted sums of at most this many bytes are held at a time.
 constexpr std::int64_t kHoistBytes = std::int64_t(64) << 20;
 
@@ -153,34 +428,24 @@ constexpr std::int64_t kSharedBytes = std::int64_t(1)
 
 void run_shared_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int64_t end) {
   const Flow& flow = *call.flow;
-  std::ptrdiff_t inner = 0, output = 0, chunks = 1;
-  for (const Coupling& c : flow.couplings) {
-    const Layer& last = c.layers.back();
-    output = std::max<std::ptrdiff_t>(output, last.out_padded());
-    if (c.layers.size() > 1)
-      chunks = std::max<std::ptrdiff_t>(chunks, (last.in_padded + last.chunk - 1) / last.chunk);
-    for (std::size_t l = 0; l + 2 < c.layers.size(); ++l)
-      inner = std::max<std::ptrdiff_t>(inner, c.layers[l].out_padded());
-  }
+  const std::int64_t rows = end - begin;
   const std::size_t in = element_size(flow.element), number = state_size(flow.element);
-  const std::int64_t inner_bytes =
-      round_up((end - begin) * padded_stride(inner, in) * static_cast<std::int64_t>(in), kAlign);
-  const std::int64_t partial_bytes = round_up(
-      chunks * (end - begin) * padded_stride(output, number) * static_cast<std::int64_t>(number),
-      kAlign);
-  std::vector<std::byte> memory(2 * (inner_bytes + partial_bytes));
+  const auto bytes = [&](std::int64_t count, int width, std::size_t size) {
+    return round_up(count * padded_stride(width, size) * static_cast<std::int64_t>(size), kAlign);
+  };
+  const std::int64_t inner = bytes(rows, flow.widths.inner, in);
+  const std::int64_t kept = bytes(rows, flow.widths.kept, number);
+  const std::int64_t partial = bytes(flow.widths.chunks * rows, flow.widths.output, number);
+  std::vector<std::byte> memory(2 * inner + kept + 2 * partial);
   Barrier barrier;
   std::atomic<bool> failed{false};
-  const auto rows = coupling_kernels().rows[static_cast<int>(flow.element)];
+  const auto run = coupling_kernels().rows[static_cast<int>(flow.element)];
   parallel_team(call.threads, [&](int index, int size) {
     std::byte* at = memory.data();
-    const Share share{index,
-                      size,
-                      &barrier,
-                      &failed,
-                      {at, at + inner_bytes},
-                      {at + 2 * inner_bytes, at + 2 * inner_bytes + partial_bytes}};
-    rows(job, begin, end, &share);
+    std::byte* sums = at + 2 * inner + kept;
+    const Share share{
+        index, size, &barrier, &failed, {at, at + inner}, at + 2 * inner, {sums, sums + partial}};
+    run(job, begin, end, &share);
   });
 }
 
@@ -216,8 +481,7 @@ void run_rows(const Call& call, const RowsJob& job, std::int64_t begin, std::int
 void hoist(const Call& call, const void* cond, std::int64_t images, void* hoisted) {
   const Flow& flow = *call.flow;
   std::int64_t units = 0;
-  for (const Coupling& c : flow.couplings)
-    if (c.cond_padded > 0) units += c.layers[0].blocks;
+  for_each_hoisted(flow, [&](const Matrix& m, bool) { units += m.blocks; });
   const auto kernel = coupling_kernels().hoist[static_cast<int>(flow.element)];
   parallel(call.threads, [&](int shard, int n) {
     const Range r = shard_range(units, shard, n);
@@ -230,125 +494,14 @@ void hoist(const Call& call, const void* cond, std::int64_t images, void* hoiste
 int lanes(Element element) { return coupling_kernels().lanes[static_cast<int>(element)]; }
 bool supports(Element element) { return lanes(element) > 0; }
 
-Flow parse_plan(std::span<const std::int64_t> plan) {
-  Reader in(plan);
-  Flow flow;
-  flow.dim = in.integer("dim", 1, kMaxWidth);
-  flow.cond_dim = in.integer("cond_dim", 0, kMaxWidth);
-  flow.element = static_cast<Element>(in.integer("element", 0, 2));
-  flow.lanes = in.integer("lanes", 1, 64);
-  const int couplings = in.integer("number of couplings", 0, 1 << 16);
-  const std::vector<int> output_index = in.slots("output index", flow.dim, flow.dim);
-  if (!distinct(output_index))
-    throw std::invalid_argument("flow plan: output index is no permutation");
-  std::vector<int> identity(flow.dim);
-  std::iota(identity.begin(), identity.end(), 0);
-  const int step = flow.element == Element::bf16 ? 2 : 1;
-  const auto bytes = static_cast<std::int64_t>(element_size(flow.element));
-  std::int64_t offset = 0, hoisted = 0;
-  for (int i = 0; i < couplings; ++i) {
-    Coupling c;
-    c.active = in.integer("active count", 1, flow.dim);
-    c.passive = in.integer("passive count", 0, flow.dim);
-    const bool reads_cond = in.integer("reads condition", 0, 1) != 0;
-    const int layers = in.integer("layers", 1, 64);
-    c.activation = static_cast<Activation>(in.integer("activation", 0, 5));
-    c.clamp_activation = static_cast<Clamp>(in.integer("clamp activation", 0, 5));
-    c.negative_slope = in.real();
-    c.clamp = in.real();
-    const std::vector<int> active = in.slots("active slot", c.active, flow.dim);
-    const std::vector<int> passive = in.slots("passive slot", c.passive, flow.dim);
-    std::vector<int> both = active;
-    both.insert(both.end(), passive.begin(), passive.end());
-    if (!distinct(both)) throw std::invalid_argument("flow plan: active and passive slots overlap");
-    choose_order(c, active, passive, i > 0 ? flow.couplings.back().order : identity);
-    c.cond_padded = reads_cond ? static_cast<int>(round_up(flow.cond_dim, step)) : 0;
-    c.hoisted = hoisted;
-    int width = c.passive, width_padded = static_cast<int>(round_up(width, step)), chunk = kChunk;
-    for (int l = 0; l < layers; ++l) {
-      Layer layer;
-      layer.in = width;
-      layer.in_padded = width_padded;
-      layer.chunk = chunk;
-      layer.out = in.integer("layer outputs", 1, kMaxWidth);
-      layer.vectors = choose_vectors((layer.out + flow.lanes - 1) / flow.lanes);
-      layer.block = layer.vectors * flow.lanes;
-      layer.blocks = (layer.out + layer.block - 1) / layer.block;
-      layer.weight = offset;
-      const std::int64_t inputs = layer.in_padded + (l == 0 ? c.cond_padded : 0);
-      offset = round_up(offset + inputs * layer.out_padded() * bytes, kAlign);
-      layer.bias = offset;
-      offset = round_up(
-          offset + layer.out_padded() * static_cast<std::int64_t>(state_size(flow.element)),
-          kAlign);
-      width = layer.out;
-      width_padded = layer.out_padded();
-      // The next layer sums over whole blocks of this one.
-      chunk = std::max(kChunk / layer.block, 1) * layer.block;
-      c.layers.push_back(layer);
-    }
-    if (width != 2 * c.active)
-      throw std::invalid_argument("flow plan: the last layer must have 2 * active outputs");
-    if (c.cond_padded > 0) hoisted += c.layers[0].out_padded();
-    flow.couplings.push_back(std::move(c));
-  }
-  if (!in.done()) throw std::invalid_argument("flow plan: too long");
-  for (std::size_t i = 0; i + 1 < flow.couplings.size(); ++i) {
-    Coupling &a = flow.couplings[i], &b = flow.couplings[i + 1];
-    b.from_before = moves(b.order, a.order);
-    a.from_after = moves(a.order, b.order);
-  }
-  flow.first_slot = couplings > 0 ? flow.couplings.front().order : identity;
-  std::vector<int> latent(flow.dim);  // of a slot
-  for (int k = 0; k < flow.dim; ++k) latent[output_index[k]] = k;
-  for (const int slot : couplings > 0 ? flow.couplings.back().order : identity)
-    flow.last_latent.push_back(latent[slot]);
-  flow.packed_bytes = std::max(offset, kAlign);
-  flow.hoisted_width = hoisted;
-  return flow;
-}
+Flow parse_plan(std::span<const std::int64_t> plan) { return PlanParser(plan).flow(); }
 
-template <class T>
-void pack_layer(const Flow& flow, int coupling, int layer, const T* weight, const T* bias,
-                std::span<const std::int64_t> cond_columns, std::byte* packed) {
-  if (coupling < 0 || coupling >= static_cast<int>(flow.couplings.size()))
-    throw std::invalid_argument("pack: no such coupling");
-  const Coupling& c = flow.couplings[coupling];
-  if (layer < 0 || layer >= static_cast<int>(c.layers.size()))
-    throw std::invalid_argument("pack: no such layer");
-  const Layer& l = c.layers[layer];
-  const int cond = layer == 0 ? c.cond_padded : 0;
-  // Stored input -> column of the given weight; -1: a zero.
-  std::vector<std::int64_t> column(cond + l.in_padded, -1);
-  for (std::size_t i = 0; i < cond_columns.size(); ++i) {
-    const std::int64_t at = cond_columns[i];
-    if (layer != 0 || at < 0 || at >= flow.cond_dim || at >= cond)
-      throw std::invalid_argument("pack: condition column out of range");
-    column[at] = l.in + static_cast<std::int64_t>(i);
-  }
-  for (int i = 0; i < l.in; ++i) column[cond + i] = i;
-  const std::int64_t given = l.in + static_cast<std::int64_t>(cond_columns.size());
-  const std::int64_t inputs = cond + l.in_padded;
-  const int pair = flow.element == Element::bf16 ? 2 : 1;
-  for (int o = 0; o < l.out_padded(); ++o) {
-    for (std::int64_t k = 0; k < inputs; ++k) {
-      const T v = o < l.out && column[k] >= 0 ? weight[o * given + column[k]] : T(0);
-      const std::int64_t at =
-          (o / l.block * inputs + k / pair * pair) * l.block + o % l.block * pair + k % pair;
-      std::byte* base = packed + l.weight;
-      if (flow.element == Element::bf16) {
-        reinterpret_cast<std::uint16_t*>(base)[at] = to_bf16(static_cast<float>(v));
-      } else {
-        reinterpret_cast<T*>(base)[at] = v;
-      }
-    }
-    reinterpret_cast<T*>(packed + l.bias)[o] = o < l.out && bias ? bias[o] : T(0);
-  }
+void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed) {
+  if (flow.element == Element::f64)
+    Packer<double>(flow, tensors, packed).run();
+  else
+    Packer<float>(flow, tensors, packed).run();
 }
-template void pack_layer<float>(const Flow&, int, int, const float*, const float*,
-                                std::span<const std::int64_t>, std::byte*);
-template void pack_layer<double>(const Flow&, int, int, const double*, const double*,
-                                 std::span<const std::int64_t>, std::byte*);
 
 void run(const Call& call) {
   const Flow& flow = *call.flow;
@@ -369,15 +522,17 @@ void run(const Call& call) {
     // Callers that know nothing of images repeat the condition for every hypothesis.
     const Distinct d = find_distinct(cond, rows, cond_row);
     const auto images = static_cast<std::int64_t>(d.first.size());
-    if (images > image_limit || images * 4 > rows) return run_rows(call, job, 0, rows);
-    std::vector<std::byte> distinct_cond(images * cond_row);
-    for (std::int64_t i = 0; i < images; ++i)
-      std::memcpy(distinct_cond.data() + i * cond_row, cond + d.first[i] * cond_row, cond_row);
-    std::vector<double> hoisted((images * flow.hoisted_width * number + 7) / 8);
-    hoist(call, distinct_cond.data(), images, hoisted.data());
-    job.image_of = d.index.data();
-    job.hoisted = hoisted.data();
-    return run_rows(call, job, 0, rows);
+    if (images <= image_limit && images * 4 <= rows) {
+      std::vector<std::byte> distinct_cond(images * cond_row);
+      for (std::int64_t i = 0; i < images; ++i)
+        std::memcpy(distinct_cond.data() + i * cond_row, cond + d.first[i] * cond_row, cond_row);
+      std::vector<double> hoisted((images * flow.hoisted_width * number + 7) / 8);
+      hoist(call, distinct_cond.data(), images, hoisted.data());
+      job.image_of = d.index.data();
+      job.hoisted = hoisted.data();
+      return run_rows(call, job, 0, rows);
+    }
+    if (!flow.gated) return run_rows(call, job, 0, rows);  // gates are hoisted always
   }
 
   std::vector<double> hoisted(

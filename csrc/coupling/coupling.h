@@ -1,14 +1,16 @@
-// Conditional affine coupling flows on the CPU: shapes, packed weights, and the two entry points.
+// Conditional coupling flows on the CPU: shapes, packed weights, and the two entry points.
 //
-// A flow is a state of D numbers per row and a list of couplings. Each reads some state slots (and
-// the condition), runs an MLP, and changes other slots: x <- x * exp(s) + t. Permutations exist
-// only as these slot lists and, at the latent end, as `output_index`.
+// A flow is a state of D numbers per row and a list of steps. A coupling reads some state slots
+// (and the condition), runs one or two subnets, and changes other slots; a linear step maps the
+// whole state. Permutations exist only as slot lists and, at the latent end, as `output_index`.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <variant>
 #include <vector>
 
 #include "common/thread_pool.h"
@@ -26,6 +28,8 @@ enum class Activation : int {
   gelu = 4,
   gelu_tanh = 5
 };
+// raw = [s | t]: x * exp(s) + t; raw = t: x + t; and the first with s - mean(s).
+enum class Kind : int { affine = 0, additive = 1, gin = 2 };
 enum class Clamp : int {
   none = 0,
   atan = 1,
@@ -39,50 +43,96 @@ enum class Clamp : int {
 // chain, and the same for every way of splitting rows, images or threads.
 inline constexpr int kChunk = 128;
 
-struct Layer {
-  int in, out;    // as in nn.Linear, in: without the condition
-  int in_padded;  // inputs as stored (without the condition)
-  int chunk;      // inputs per partial sum
-  int vectors;    // vectors per block of outputs
-  int block;      // outputs per block = vectors * lanes
+// W u + b: the outputs in blocks of a few vectors.
+struct Matrix {
+  Element element;  // what the weights are stored as
+  int in, out;      // in: without the condition
+  int cond_padded;  // condition inputs as stored, before the others; 0: none
+  int in_padded;    // the others as stored
+  int chunk;        // inputs per partial sum
+  int vectors;      // vectors per block of outputs
+  int block;        // outputs per block = vectors * lanes
   int blocks;
-  std::int64_t weight;  // byte offset of [block][condition, then inputs][output in block]
-  std::int64_t bias;    // byte offset of [blocks * block]
+  std::int64_t weight;   // byte offset of [block][condition, then inputs][output in block]
+  std::int64_t bias;     // byte offset of [blocks * block]
+  std::int64_t hoisted;  // column of the condition's part in a row of hoisted sums
   int out_padded() const { return blocks * block; }
 };
 
-struct Coupling {
-  // The state of a row is kept in an order in which what a coupling reads and what it changes are
-  // each contiguous; couplings in a row mostly share one.
-  std::vector<int> order;        // slot at each place
-  int active, active_at;         // count and first place of the slots changed
-  int passive, passive_at;       // and of those read
-  std::vector<int> from_before;  // place now -> place in the coupling before; empty: the same
-  std::vector<int> from_after;   // and in the one after
-  std::vector<Layer> layers;     // layers[0] also reads the condition if cond_padded > 0
-  int cond_padded;               // condition inputs as stored; 0: none
-  std::int64_t hoisted;          // column of its part in a row of hoisted first-layer sums
+// A linear of a subnet and what its sums go through: gate, add, keep, norm, activation.
+struct Dense {
+  Matrix matrix;
+  std::optional<Matrix> gate;  // sums * sigmoid(W c + b); hoisted as the sigmoid
+  bool add, keep;              // + what was kept last; keep the sums
+  std::int64_t norm;           // byte offset of scale and shift, out_padded each; -1: none
+  bool activate;
+  bool plain() const { return !gate && !add && !keep && norm < 0; }
+};
+
+struct Net {
+  std::vector<Dense> layers;  // the first one may read the condition
   Activation activation;
   double negative_slope;
+  int raw_at;  // first column of its outputs among the coupling's
+};
+
+// The state of a row is kept in an order in which what a coupling reads and what it changes are
+// each contiguous.
+struct Coupling {
+  int active, active_at;    // count and first place of the slots changed
+  int passive, passive_at;  // and of those read
+  std::vector<Net> nets;
+  Kind kind;
   Clamp clamp_activation;
   double clamp;
+  int shift_at;  // first column of t
+};
+
+// Packed for the places that the state has before and after it.
+struct Linear {
+  bool diagonal;  // the matrices have one input per output
+  Matrix forward, inverse;
+};
+
+struct Step {
+  std::variant<Coupling, Linear> what;
+  std::vector<int> before, after;  // slot at each place, before and after the step
+  std::vector<int> from_before;    // place -> place after the step before; empty: the same
+  std::vector<int> from_after;     // and before the step after
+};
+
+// Widths of the buffers that any step of a flow needs, 0 where it needs none.
+struct Widths {
+  int input = 0;   // a first layer's inputs
+  int inner = 0;   // outputs of hidden layers before the last one
+  int kept = 0;    // outputs of layers that keep or add
+  int chunk = 0;   // inputs that a layer sums at a time
+  int block = 0;   // outputs per block
+  int output = 0;  // all outputs of a step
+  int chunks = 1;  // how many of them a last layer sums
 };
 
 struct Flow {
   int dim, cond_dim;
   Element element;
   int lanes;  // outputs per vector of the SIMD level it was packed for
-  std::vector<Coupling> couplings;
-  std::vector<int> first_slot;   // slot at each place of the first coupling's order
-  std::vector<int> last_latent;  // latent dim at each place of the last coupling's order
+  std::vector<Step> steps;
+  std::vector<int> first_slot;   // slot at each place before the first step
+  std::vector<int> last_latent;  // latent dim at each place after the last one
+  double log_det;                // of the linear steps
+  bool gated;
+  Widths widths;
   std::int64_t packed_bytes;
-  std::int64_t hoisted_width;  // numbers of hoisted first-layer sums per image
+  std::int64_t hoisted_width;  // numbers of hoisted sums per image
 };
 
-// A flow as numbers, so that it can travel as a tensor:
-//   dim, cond_dim, element, lanes, number of couplings, output_index[dim], then per coupling
-//   active count, passive count, reads condition (0/1), layers, activation, clamp activation,
-//   negative slope and clamp as the bits of doubles, active[], passive[], outputs of each layer[].
+// A flow as numbers, so that it can travel as a tensor (real numbers as the bits of doubles):
+//   dim, cond_dim, element, lanes, number of steps, output_index[dim], then per step
+//     0 (coupling), active count, passive count, kind, clamp activation, clamp, nets,
+//       active[], passive[], then per net
+//         layers, activation, negative slope, and of each layer its outputs and, as 0 or 1: reads
+//         the condition (first layers only), gate, add, keep, norm, activate
+//     1 (linear), diagonal (0 or 1), log|det|
 // Throws std::invalid_argument for anything that is not a consistent flow.
 Flow parse_plan(std::span<const std::int64_t> plan);
 
@@ -90,12 +140,16 @@ Flow parse_plan(std::span<const std::int64_t> plan);
 int lanes(Element element);
 bool supports(Element element);
 
-// Writes one Linear into the packed buffer. weight: (out, passive + |cond_columns|) for the first
-// layer, (out, in) else, row-major; T is double for f64, float otherwise. bias may be null.
-// cond_columns[i]: the condition column that first-layer input (passive + i) reads.
-template <class T>
-void pack_layer(const Flow& flow, int coupling, int layer, const T* weight, const T* bias,
-                std::span<const std::int64_t> cond_columns, std::byte* packed);
+// A contiguous tensor: double for f64, float otherwise.
+struct Numbers {
+  const void* data;
+  std::int64_t count;
+};
+// Writes all weights into the packed buffer. They come in the order of the plan: of each layer
+// weight (out, in), weight (out, C) of the condition, bias, then weight (out, C) and bias of the
+// gate, scale and shift of the norm; of linear steps weight and shift, then those of the inverse,
+// on slots.
+void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed);
 
 // One pass through the flow. All arrays are contiguous; T as above.
 struct Call {
@@ -141,6 +195,7 @@ struct Share {
   Barrier* barrier;
   std::atomic<bool>* failed;
   std::byte* inner[2];    // hidden layers before the last one, in turn
+  std::byte* kept;        // sums that a later layer adds
   std::byte* partial[2];  // sums of the last layer over each chunk of its inputs, in turn
 
   // Waits for the team; whether all of it is ready.
@@ -157,9 +212,21 @@ inline std::ptrdiff_t padded_stride(std::ptrdiff_t width, std::size_t number_byt
   return (width + line - 1) / line * line + line;
 }
 
+// Calls f(matrix, is_gate) for every matrix that reads the condition.
+template <class F>
+void for_each_hoisted(const Flow& flow, F&& f) {
+  for (const Step& step : flow.steps)
+    if (const auto* coupling = std::get_if<Coupling>(&step.what))
+      for (const Net& net : coupling->nets)
+        for (const Dense& dense : net.layers) {
+          if (dense.matrix.cond_padded > 0) f(dense.matrix, false);
+          if (dense.gate) f(*dense.gate, true);
+        }
+}
+
 struct Kernels {
   int lanes[3];  // per Element; 0: not available
-  // First-layer sums of the condition, units [begin, end) of all (coupling, block) pairs.
+  // The condition's part of every matrix that has one, units [begin, end) of all their blocks.
   void (*hoist[3])(const Flow&, const std::byte* packed, const void* cond, std::int64_t images,
                    std::int64_t begin, std::int64_t end, void* hoisted);
   // Rows [begin, end) of the call, through the whole flow; shared with others if share is given.

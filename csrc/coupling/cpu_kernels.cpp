@@ -1,16 +1,16 @@
 // The fused flow: compiled once per SIMD level.
 //
-// A thread owns some rows and takes them through the whole flow. For each coupling, a tile of rows
-// goes through the MLP: hidden layers are computed a chunk at a time and the last layer consumes
-// each chunk at once, so hidden activations live in L1 (L2 for the inner layers of deep MLPs).
-// Vectors run along a layer's outputs, so one row is as good as a thousand and every row may have
-// its own condition. Every sum is made in the same order whatever the tile, so results do not
-// depend on it.
+// A thread owns some rows and takes them through the whole flow, a step at a time, and for each
+// step a tile of rows at a time. The hidden layers of subnets are computed a chunk at a time and
+// the last one consumes each chunk at once, so hidden activations live in L1 (L2 for the inner
+// layers of deep nets). Vectors run along a layer's outputs, so one row is as good as a thousand
+// and every row may have its own condition. Every sum is made in the same order whatever the tile,
+// so results do not depend on it.
 #include <algorithm>
 #include <cmath>
 
 #include "coupling/coupling.h"
-#include "coupling/cpu_mlp.h"
+#include "coupling/cpu_net.h"
 #include "coupling/math.h"
 
 namespace fasthyp::FASTHYP_SIMD {
@@ -21,9 +21,19 @@ void philox_normal_row(std::uint64_t seed, std::uint32_t image, std::uint32_t hy
 namespace {
 
 using coupling::Call;
+using coupling::Coupling;
+using coupling::Flow;
+using coupling::Kind;
+using coupling::Linear;
 using coupling::RowsJob;
+using coupling::Step;
 
 // --- coupling arithmetic ---
+
+template <class T>
+FASTHYP_INLINE IntVec<T> valid_lanes(int left) {
+  return lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(left) + IntVec<T>{};
+}
 
 // Row sums of log-scales are kept in 16 lanes at every SIMD level and added up in one fixed order.
 constexpr int kSumLanes = 16;
@@ -37,21 +47,48 @@ T sum_lanes(const T* lanes) {
   return v[0];
 }
 
-// One row: values x (count) with raw [s | t]; sums gets the log-scales. Both arrays can be read,
-// and x written, up to the next multiple of 16 numbers.
+// One row: values x (count) with raw log-scales s and shifts t; sums gets the log-scales. All
+// arrays can be read, and s and x written, up to the next multiple of 16 numbers.
 template <class T>
-FASTHYP_INLINE void couple_row(T* x, const T* raw, int count, T clamp, coupling::Clamp kind,
-                               bool inverse, T* sums) {
+FASTHYP_INLINE void affine_row(T* x, const T* s, const T* t, int count, T clamp,
+                               coupling::Clamp kind, bool inverse, T* sums) {
   constexpr int W = kLanes<T>;
   for (int i = 0; i < count; i += W) {
-    const auto valid =
-        lane_index<T>() < static_cast<typename detail::IntOf<T>::type>(count - i) + IntVec<T>{};
-    const Vec<T> s = select<T>(valid, soft_clamp<T>(load<T>(raw + i), clamp, kind), splat<T>(0));
-    const Vec<T> t = load<T>(raw + count + i), v = load<T>(x + i);
-    store<T>(x + i, select<T>(valid, inverse ? (v - t) * exp<T>(-s) : fma(v, exp<T>(s), t), v));
+    const auto valid = valid_lanes<T>(count - i);
+    const Vec<T> scale = select<T>(valid, soft_clamp<T>(load<T>(s + i), clamp, kind), splat<T>(0));
+    const Vec<T> shift = load<T>(t + i), v = load<T>(x + i);
+    store<T>(
+        x + i,
+        select<T>(valid, inverse ? (v - shift) * exp<T>(-scale) : fma(v, exp<T>(scale), shift), v));
     T* lane = sums + i % kSumLanes;
-    store<T>(lane, load<T>(lane) + s);
+    store<T>(lane, load<T>(lane) + scale);
   }
+}
+
+// The same with the log-scales less their mean, which add nothing to the log-Jacobian.
+template <class T>
+void gin_row(T* x, T* s, const T* t, int count, T clamp, coupling::Clamp kind, bool inverse) {
+  constexpr int W = kLanes<T>;
+  T sums[kSumLanes] = {};
+  for (int i = 0; i < count; i += W) {
+    const auto valid = valid_lanes<T>(count - i);
+    const Vec<T> raw = load<T>(s + i), scale = soft_clamp<T>(raw, clamp, kind);
+    store<T>(s + i, select<T>(valid, scale, raw));  // t may follow at once
+    T* lane = sums + i % kSumLanes;
+    store<T>(lane, load<T>(lane) + select<T>(valid, scale, splat<T>(0)));
+  }
+  const Vec<T> mean = splat<T>(sum_lanes(sums) / static_cast<T>(count));
+  for (int i = 0; i < count; i += W) {
+    const Vec<T> scale = load<T>(s + i) - mean, shift = load<T>(t + i), v = load<T>(x + i);
+    store<T>(x + i,
+             select<T>(valid_lanes<T>(count - i),
+                       inverse ? (v - shift) * exp<T>(-scale) : fma(v, exp<T>(scale), shift), v));
+  }
+}
+
+template <class T>
+void additive_row(T* x, const T* t, int count, bool inverse) {
+  for (int i = 0; i < count; ++i) x[i] = inverse ? x[i] - t[i] : x[i] + t[i];
 }
 
 // --- the whole flow ---
@@ -68,10 +105,10 @@ class FlowRows {
 
   void run(std::int64_t begin, std::int64_t end) {
     thread_local Scratch scratch;
-    const typename Mlp<P>::Sizes sizes(flow_);
+    const typename NetRunner<P>::Strides strides(flow_.widths);
     const auto room = std::min<std::int64_t>(kRowsAtOnce, end - begin);
     const auto numbers = static_cast<std::size_t>(room) * flow_.dim + kSumLanes;
-    const std::size_t bytes = sizes.bytes() + 2 * Scratch::bytes<S>(numbers) +
+    const std::size_t bytes = strides.bytes() + 2 * Scratch::bytes<S>(numbers) +
                               Scratch::bytes<S>(room * kSumLanes) + Scratch::bytes<S>(room) +
                               Scratch::bytes<const S*>(room) + Scratch::bytes<float>(flow_.dim);
     try {
@@ -81,7 +118,7 @@ class FlowRows {
       throw;
     }
     if (share_ && !share_->meet(true)) return;  // another thread of the team could not begin
-    Mlp<P> mlp(sizes, scratch, share_);
+    NetRunner<P> nets(strides, call_.packed, scratch, share_);
     state_ = scratch.template take<S>(numbers);
     other_ = scratch.template take<S>(numbers);
     sums_ = scratch.template take<S>(room * kSumLanes);
@@ -91,9 +128,9 @@ class FlowRows {
     // Vectors may reach behind the last row's numbers: what they find there must be numbers.
     std::fill_n(state_, numbers, S(0));
     std::fill_n(other_, numbers, S(0));
-    std::fill_n(mlp.raw, kTile * sizes.output, S(0));
+    std::fill_n(nets.raw, kTile * nets.ldr(), S(0));
     for (std::int64_t row = begin; row < end; row += room)
-      chunk(mlp, row, static_cast<int>(std::min(room, end - row)));
+      chunk(nets, row, static_cast<int>(std::min(room, end - row)));
   }
 
  private:
@@ -101,20 +138,26 @@ class FlowRows {
     return job_.image_of ? job_.image_of[row] : row / call_.per_image;
   }
 
-  void chunk(Mlp<P>& mlp, std::int64_t first, int rows) {
+  void chunk(NetRunner<P>& nets, std::int64_t first, int rows) {
     load_state(first, rows);
     std::fill_n(sums_, rows * kSumLanes, S(0));
     if (job_.hoisted)
       for (int r = 0; r < rows; ++r)
         hoisted_[r] = static_cast<const S*>(job_.hoisted) +
                       (image_of(first + r) - job_.hoisted_begin) * flow_.hoisted_width;
-    const int count = static_cast<int>(flow_.couplings.size());
+    const int count = static_cast<int>(flow_.steps.size());
     for (int i = 0; i < count; ++i) {
-      const Coupling& c = flow_.couplings[call_.inverse ? count - 1 - i : i];
-      const std::vector<int>& move = call_.inverse ? c.from_after : c.from_before;
+      const Step& step = flow_.steps[call_.inverse ? count - 1 - i : i];
+      const std::vector<int>& move = call_.inverse ? step.from_after : step.from_before;
       if (!move.empty()) reorder(move, rows);
-      for (int r = 0; r < rows; r += kTile)
-        couple_tile(mlp, c, first + r, r, std::min(kTile, rows - r));
+      const auto* coupling = std::get_if<Coupling>(&step.what);
+      for (int r = 0; r < rows; r += kTile) {
+        const int tile = std::min(kTile, rows - r);
+        if (coupling)
+          couple_tile(nets, *coupling, first + r, r, tile);
+        else
+          map_tile(nets, std::get<Linear>(step.what), r, tile);
+      }
     }
     if (!share_ || share_->index == 0) store_state(first, rows);
   }
@@ -129,33 +172,66 @@ class FlowRows {
     std::swap(state_, other_);
   }
 
-  void couple_tile(Mlp<P>& mlp, const Coupling& c, std::int64_t first, int row, int rows) {
+  void couple_tile(NetRunner<P>& nets, const Coupling& c, std::int64_t first, int row, int rows) {
     S* state = state_ + static_cast<std::ptrdiff_t>(row) * flow_.dim;
-    const bool reads_cond = c.cond_padded > 0 && !job_.hoisted;
-    const In* in = mlp.x;
-    std::ptrdiff_t ld = mlp.ldx();
-    if (std::is_same_v<S, In> && !reads_cond && c.passive > 0) {
-      in = reinterpret_cast<const In*>(state + c.passive_at);  // as it lies there
-      ld = flow_.dim;
-    } else {
-      for (int r = 0; r < rows; ++r) {
-        In* x = mlp.x + r * mlp.ldx();
-        if (reads_cond) {
-          const S* given =
-              static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
-          P::copy_in(x, given, flow_.cond_dim);
-          std::fill(x + flow_.cond_dim, x + c.cond_padded, In(0));
-          x += c.cond_padded;
-        }
-        P::copy_in(x, state + r * flow_.dim + c.passive_at, c.passive);
-        std::fill(x + c.passive, x + c.layers[0].in_padded, In(0));
+    const S* const* hoisted = job_.hoisted ? hoisted_ + row : nullptr;
+    for (const coupling::Net& net : c.nets)
+      nets.run(net, input(nets, c, net.layers[0].matrix, first, state, rows), hoisted);
+    for (int r = 0; r < rows; ++r) {
+      S *x = state + r * flow_.dim + c.active_at, *s = nets.raw + r * nets.ldr();
+      const S* t = s + c.shift_at;
+      const auto clamp = static_cast<S>(c.clamp);
+      switch (c.kind) {
+        case Kind::affine:
+          affine_row<S>(x, s, t, c.active, clamp, c.clamp_activation, call_.inverse,
+                        sums_ + (row + r) * kSumLanes);
+          break;
+        case Kind::additive:
+          additive_row<S>(x, t, c.active, call_.inverse);
+          break;
+        case Kind::gin:
+          gin_row<S>(x, s, t, c.active, clamp, c.clamp_activation, call_.inverse);
+          break;
       }
     }
-    mlp.run(c, call_.packed, in, ld, rows, job_.hoisted ? hoisted_ + row : nullptr);
-    for (int r = 0; r < rows; ++r)
-      couple_row<S>(state + r * flow_.dim + c.active_at, mlp.raw + r * mlp.ldr(), c.active,
-                    static_cast<S>(c.clamp), c.clamp_activation, call_.inverse,
-                    sums_ + (row + r) * kSumLanes);
+  }
+
+  // What the first matrix of a subnet reads: the passive slots, after the condition if it is not
+  // hoisted.
+  Input<P> input(NetRunner<P>& nets, const Coupling& c, const Matrix& m, std::int64_t first,
+                 const S* state, int rows) {
+    const bool reads_cond = m.cond_padded > 0 && !job_.hoisted;
+    if (std::is_same_v<S, In> && !reads_cond && c.passive > 0)  // as they lie there
+      return {reinterpret_cast<const In*>(state + c.passive_at), flow_.dim, rows};
+    for (int r = 0; r < rows; ++r) {
+      In* x = nets.x + r * nets.ldx();
+      if (reads_cond) {
+        const S* given =
+            static_cast<const S*>(call_.cond) + (first + r) / call_.per_image * flow_.cond_dim;
+        P::copy_in(x, given, flow_.cond_dim);
+        std::fill(x + flow_.cond_dim, x + m.cond_padded, In(0));
+        x += m.cond_padded;
+      }
+      P::copy_in(x, state + r * flow_.dim + c.passive_at, c.passive);
+      std::fill(x + c.passive, x + m.in_padded, In(0));
+    }
+    return {nets.x, nets.ldx(), rows};
+  }
+
+  void map_tile(NetRunner<P>& nets, const Linear& l, int row, int rows) {
+    const Matrix& m = call_.inverse ? l.inverse : l.forward;
+    const int dim = flow_.dim;
+    S* state = state_ + static_cast<std::ptrdiff_t>(row) * dim;
+    if (l.diagonal) {
+      const S *scale = reinterpret_cast<const S*>(call_.packed + m.weight),
+              *shift = reinterpret_cast<const S*>(call_.packed + m.bias);
+      for (int r = 0; r < rows; ++r)
+        for (int k = 0; k < dim; ++k) state[r * dim + k] = state[r * dim + k] * scale[k] + shift[k];
+      return;
+    }
+    const Product<Plain<S>> product(m, call_.packed, {state, dim, rows});
+    for (int b = 0; b < m.blocks; ++b) product.sums(b, nets.raw + b * m.block, nets.ldr());
+    for (int r = 0; r < rows; ++r) std::copy_n(nets.raw + r * nets.ldr(), dim, state + r * dim);
   }
 
   void load_state(std::int64_t first, int rows) {
@@ -198,7 +274,7 @@ class FlowRows {
       const S* state = state_ + static_cast<std::ptrdiff_t>(r) * dim;
       S* out = static_cast<S*>(call_.output) + (first + r) * dim;
       for (int k = 0; k < dim; ++k) out[place[k]] = state[k];
-      const S log_det = sum_lanes(sums_ + r * kSumLanes);
+      const S log_det = sum_lanes(sums_ + r * kSumLanes) + static_cast<S>(flow_.log_det);
       S& result = static_cast<S*>(call_.log_det)[first + r];
       // Of the inverse, -log_det; the density of a drawn output is the noise's less log|dx/dz|.
       result = !call_.input ? base_[r] + log_det : call_.inverse ? -log_det : log_det;
@@ -225,26 +301,25 @@ void hoist(const Flow& flow, const std::byte* packed, const void* cond, std::int
   using S = typename P::State;
   using In = typename P::In;
   thread_local Scratch scratch;
-  const typename Mlp<P>::Sizes sizes(flow);
-  scratch.reserve(sizes.bytes());
-  Mlp<P> mlp(sizes, scratch);
+  const typename NetRunner<P>::Strides strides(flow.widths);
+  scratch.reserve(strides.bytes());
+  NetRunner<P> nets(strides, packed, scratch);
   for (std::int64_t image = 0; image < images; image += kTile) {
     const int count = static_cast<int>(std::min<std::int64_t>(kTile, images - image));
     for (int r = 0; r < count; ++r) {
-      In* x = mlp.x + r * mlp.ldx();
+      In* x = nets.x + r * nets.ldx();
       P::copy_in(x, static_cast<const S*>(cond) + (image + r) * flow.cond_dim, flow.cond_dim);
       if (flow.cond_dim % P::kStep) x[flow.cond_dim] = 0;
     }
     std::int64_t unit = 0;
-    for (const Coupling& c : flow.couplings) {
-      if (c.cond_padded == 0) continue;
-      for (int b = 0; b < c.layers[0].blocks; ++b, ++unit)
+    for_each_hoisted(flow, [&](const Matrix& m, bool gate) {
+      for (int b = 0; b < m.blocks; ++b, ++unit)
         if (unit >= begin && unit < end)
-          mlp.hoist_block(c, packed, b, count,
-                          static_cast<S*>(hoisted) + image * flow.hoisted_width + c.hoisted +
-                              static_cast<std::ptrdiff_t>(b) * c.layers[0].block,
-                          flow.hoisted_width);
-    }
+          nets.hoist_block(m, gate, b, count,
+                           static_cast<S*>(hoisted) + image * flow.hoisted_width + m.hoisted +
+                               static_cast<std::ptrdiff_t>(b) * m.block,
+                           flow.hoisted_width);
+    });
   }
 }
 
@@ -262,7 +337,7 @@ void affine(T* state, std::int64_t rows, int dim, const T* raw, const std::int64
     T sums[kSumLanes] = {};
     std::copy_n(raw + r * 2 * count, 2 * count, row_raw);
     for (int k = 0; k < count; ++k) x[k] = state[r * dim + active[k]];
-    couple_row<T>(x, row_raw, count, static_cast<T>(clamp), kind, inverse, sums);
+    affine_row<T>(x, row_raw, row_raw + count, count, static_cast<T>(clamp), kind, inverse, sums);
     for (int k = 0; k < count; ++k) state[r * dim + active[k]] = x[k];
     const T sum = sum_lanes(sums);
     log_det[r] = inverse ? -sum : sum;

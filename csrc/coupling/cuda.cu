@@ -11,9 +11,6 @@
 namespace fasthyp::coupling::cuda {
 namespace {
 
-// Scratch of at most about this much is used; more rows go in several rounds.
-constexpr std::int64_t kScratchBytes = std::int64_t(256) << 20;
-
 class Reader {
  public:
   explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
@@ -77,12 +74,12 @@ struct Rounds {
 
   Rounds(const Plan& plan, std::int64_t images_in_all, std::int64_t per_image) {
     const std::int64_t all = images_in_all * per_image;
-    const std::int64_t row = plan.hidden * (plan.hidden_count * element_bytes(plan) +
-                                            plan.kept_count * 4) +
-                             (plan.dim + 2) * 4;
+    const std::int64_t row =
+        plan.hidden * (plan.hidden_count * element_bytes(plan) + plan.kept_count * 4) +
+        (plan.dim + 2) * 4;
     const std::int64_t image = plan.cond_dim > 0 ? plan.hoisted * 4 : 0;
     constexpr std::int64_t kLeast = 64;
-    rows = std::min(all, std::max(kLeast, kScratchBytes / (row + image / per_image + 1)));
+    rows = std::min(all, std::max(kLeast, plan.scratch / (row + image / per_image + 1)));
     images = std::min(images_in_all, (rows + per_image - 2) / per_image + 1);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t bytes) {
@@ -134,6 +131,7 @@ Plan parse_plan(std::span<const std::int64_t> numbers) {
   plan.units = in.number(0, kMostWidth);
   plan.linear = in.number(0, 1);
   plan.output_index = in.number(0, plan.packed_bytes);
+  plan.scratch = in.number(0, kMostBytes);
   plan.log_det = std::bit_cast<double>(in.raw());
   for (auto& launches : plan.launches) {
     const std::int64_t count = in.number(1, 1 << 16);
@@ -215,9 +213,9 @@ void run(const Call& call, int device, void* stream) {
       hoist.out_stride = plan.hoisted;
       rows.hoisted = at<float>(scratch, rounds.hoisted);
       rows.hoisted_stride = plan.hoisted;
-      check(launch_product(
-          hoist, plan.precision == Precision::bf16 ? Precision::tf32 : plan.precision, device,
-          stream));
+      check(launch_product(hoist,
+                           plan.precision == Precision::bf16 ? Precision::tf32 : plan.precision,
+                           device, stream));
     }
     for (const Launch& launch : launches) {
       if (const auto* r = std::get_if<RowsLaunch>(&launch)) {

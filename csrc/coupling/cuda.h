@@ -21,8 +21,8 @@
 
 namespace fasthyp::coupling::cuda {
 
-// Operands of the matrix products; sums are float32. tf32x3 multiplies the upper and lower halves of
-// float32 numbers apart, which loses nothing that float32 sums would keep.
+// Operands of the matrix products; sums are float32. tf32x3 multiplies the upper and lower halves
+// of float32 numbers apart, which loses nothing that float32 sums would keep.
 enum class Precision : int { tf32x3 = 0, tf32 = 1, bf16 = 2 };
 
 // --- the plan: int64 numbers on the host, written by coupling_cuda.py ---
@@ -54,8 +54,9 @@ struct Plan {
   std::int64_t units;                 // weight units of a block, at most
   std::int64_t linear;                // 1 if there are dense linear steps
   std::int64_t packed_bytes;
-  std::int64_t output_index;  // the slot of each latent dim, ints
-  double log_det;             // of the linear steps, data to latent
+  std::int64_t output_index;        // the slot of each latent dim, ints
+  std::int64_t scratch;             // bytes that are enough; more rows go in several rounds
+  double log_det;                   // of the linear steps, data to latent
   std::vector<Launch> launches[2];  // forward, inverse
 };
 
@@ -89,7 +90,7 @@ struct RowOp {
   int slope;       // net: bits of a float
   int mode;        // couple: 0 affine, 1 additive, 2 gin; linear: 1 if diagonal
   int clamp_kind;
-  int clamp;       // bits of a float
+  int clamp;  // bits of a float
 };
 inline constexpr int kOpInts = sizeof(RowOp) / sizeof(int);
 
@@ -102,7 +103,8 @@ struct RowsCall {
   std::int64_t rows, first_row, per_image, first_image;
   const float* hoisted;  // of first_image on
   std::int64_t hoisted_stride;
-  // Where rows come from: input; noise if that is null; the state where the launch is not the first.
+  // Where rows come from: input; noise if that is null; the state where the launch is not the
+  // first.
   bool first, last;
   const int* output_index;
   const float* input;
@@ -169,6 +171,9 @@ struct Call {
   int fixed_dims = 0;
   bool include_mode = false;
 };
+
+// Whether a tile of rows fits the device's shared memory.
+bool fits(const Plan& plan, int device);
 
 std::int64_t workspace_bytes(const Plan& plan, std::int64_t images, std::int64_t per_image);
 void run(const Call& call, int device, void* stream);

@@ -1,10 +1,10 @@
 // Operands of tensor-core products, and what is computed per element, on the device.
 //
 // A warp multiplies 16 rows (A) with 16 columns of weights (two B tiles) over a k-step of 16 (bf16)
-// or 8 (tf32) inputs. Lane l holds rows g = l / 4 and g + 8; with t = l % 4, its inputs are 2t, 2t+1
-// (and 8 more of each for bf16). tf32 products take inputs 2t and 2t + 1 where the instruction says
-// t and t + 4: the order of inputs is free as long as A and B agree, and this one makes a result
-// tile an A operand as it lies in the registers.
+// or 8 (tf32) inputs. Lane l holds rows g = l / 4 and g + 8; with t = l % 4, its inputs are 2t,
+// 2t+1 (and 8 more of each for bf16). tf32 products take inputs 2t and 2t + 1 where the instruction
+// says t and t + 4: the order of inputs is free as long as A and B agree, and this one makes a
+// result tile an A operand as it lies in the registers.
 #pragma once
 
 #include <cmath>
@@ -124,8 +124,8 @@ struct Tf32Operands {
 using Tf32 = Tf32Operands<false>;
 using Tf32x3 = Tf32Operands<true>;
 
-// Tensor cores cut what they add to a large sum; for tf32x3 short sums start from zero and are added
-// in float32.
+// Tensor cores cut what they add to a large sum; for tf32x3 short sums start from zero and are
+// added in float32.
 template <class P>
 inline constexpr bool kShortSums = P::kParts > 1;
 

@@ -16,10 +16,10 @@ constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kRowTiles = 4;
 constexpr int kRows = 16 * kRowTiles;
-constexpr int kPairs = 2;                      // of B tiles, per warp
+constexpr int kPairs = 2;  // of B tiles, per warp
 constexpr int kColumns = 16 * kPairs * kWarps;
 constexpr int kStages = 4;
-constexpr int kStageUnits = 2;                 // per pair of B tiles: 64 bytes of a row
+constexpr int kStageUnits = 2;  // per pair of B tiles: 64 bytes of a row
 constexpr int kWeightBytes = kColumns / 16 * kStageUnits * kUnitBytes;
 constexpr int kStageBytes = kRows * kRowBytes + kWeightBytes;
 
@@ -118,37 +118,40 @@ class Product {
 
   // The results of 16 columns: bias, gate, residual, norm, activation, store.
   __device__ void finish(int column, float (&h)[kRowTiles][2][4]) {
-    each_pair(row_, call_.rows, column, lane_, h, [&](std::int64_t row, int at, float& x, float& y) {
-      x += call_.bias[at];
-      y += call_.bias[at + 1];
-      if (call_.gate) {
-        const std::int64_t image = (call_.first_row + row) / call_.per_image - call_.first_image;
-        const float* gate = call_.gate + image * call_.gate_stride + at;
-        x = x / (1.0f + expf(-gate[0]));
-        y = y / (1.0f + expf(-gate[1]));
-      }
-      if (call_.add || call_.keep) {
-        float2& kept = *reinterpret_cast<float2*>(call_.kept + row * call_.out_stride + at);
-        if (call_.add) {
-          x += kept.x;
-          y += kept.y;
-        }
-        if (call_.keep) kept = make_float2(x, y);
-      }
-      if (call_.norm) {
-        const float *scale = call_.norm, *shift = call_.norm + call_.columns;
-        x = x * scale[at] + shift[at];
-        y = y * scale[at + 1] + shift[at + 1];
-      }
-    });
+    each_pair(
+        row_, call_.rows, column, lane_, h, [&](std::int64_t row, int at, float& x, float& y) {
+          x += call_.bias[at];
+          y += call_.bias[at + 1];
+          if (call_.gate) {
+            const std::int64_t image =
+                (call_.first_row + row) / call_.per_image - call_.first_image;
+            const float* gate = call_.gate + image * call_.gate_stride + at;
+            x = x / (1.0f + expf(-gate[0]));
+            y = y / (1.0f + expf(-gate[1]));
+          }
+          if (call_.add || call_.keep) {
+            float2& kept = *reinterpret_cast<float2*>(call_.kept + row * call_.out_stride + at);
+            if (call_.add) {
+              x += kept.x;
+              y += kept.y;
+            }
+            if (call_.keep) kept = make_float2(x, y);
+          }
+          if (call_.norm) {
+            const float *scale = call_.norm, *shift = call_.norm + call_.columns;
+            x = x * scale[at] + shift[at];
+            y = y * scale[at + 1] + shift[at + 1];
+          }
+        });
     activate(h, call_.activation, call_.slope);
-    each_pair(row_, call_.rows, column, lane_, h, [&](std::int64_t row, int at, float& x, float& y) {
-      const std::int64_t place = row * call_.out_stride + at;
-      if (call_.narrow)
-        Bf16::store_pair(static_cast<std::byte*>(call_.out) + place * 2, x, y);
-      else
-        Tf32::store_pair(static_cast<std::byte*>(call_.out) + place * 4, x, y);
-    });
+    each_pair(row_, call_.rows, column, lane_, h,
+              [&](std::int64_t row, int at, float& x, float& y) {
+                const std::int64_t place = row * call_.out_stride + at;
+                if (call_.narrow)
+                  Bf16::store_pair(static_cast<std::byte*>(call_.out) + place * 2, x, y);
+                else
+                  Tf32::store_pair(static_cast<std::byte*>(call_.out) + place * 4, x, y);
+              });
   }
 
   const ProductCall& call_;
@@ -158,7 +161,8 @@ class Product {
 };
 
 template <class P>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductCall call) {
+__global__ void __launch_bounds__(kThreads)
+    product_kernel(const __grid_constant__ ProductCall call) {
   Product<P>(call).run();
 }
 

@@ -1,9 +1,12 @@
 // A tile of rows through the flow, or through the part of it between two products.
 //
-// The warps (of all blocks of the cluster) take the blocks of 16 hidden units in turn: each computes
-// them for the tile's rows, and multiplies them at once, still in registers, with the last layer's
-// weights. The warps' sums are added in a fixed order; then half a warp owns a row for the coupling
-// arithmetic. What a block needs comes in one stage of the warp's own ring, several blocks ahead.
+// The warps (of all blocks of the cluster) take the blocks of 16 hidden units in turn: each
+// computes them for the tile's rows, and multiplies them at once, still in registers, with the last
+// layer's weights. The warps' sums are added in a fixed order; then half a warp owns a row for the
+// coupling arithmetic. What a block needs comes in one stage of the warp's own ring, several blocks
+// ahead.
+#include <algorithm>
+
 #include "common/cuda_device.h"
 #include "common/philox.h"
 #include "common/simt.h"
@@ -15,8 +18,8 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMostWarps = 8;
-constexpr int kHalf = 16;       // lanes that own a row
-constexpr int kTiles = 6;       // B tiles of outputs at a time
+constexpr int kHalf = 16;  // lanes that own a row
+constexpr int kTiles = 6;  // B tiles of outputs at a time
 constexpr int kColumns = 8 * kTiles;
 
 // Blocks of 16 hidden units or inputs, in the order in which a warp needs them: a cursor over the
@@ -105,12 +108,13 @@ class Rows {
   // --- the ring ---
 
   __device__ static int chunks(const RowOp& op) {
-    return op.form == RowOp::fused || op.form == RowOp::head ? 1
-                                                             : (op.columns + kColumns - 1) / kColumns;
+    return op.form == RowOp::fused || op.form == RowOp::head
+               ? 1
+               : (op.columns + kColumns - 1) / kColumns;
   }
   __device__ static int units(const RowOp& op) {
     const int outputs = P::kSteps * kTiles / 2;
-    return op.form == RowOp::fused ? op.steps + outputs
+    return op.form == RowOp::fused  ? op.steps + outputs
            : op.form == RowOp::head ? op.steps
                                     : outputs;
   }
@@ -121,8 +125,8 @@ class Rows {
   __device__ void next_op(Cursor& c) const {
     do {
       ++c.op;
-    } while (c.op < call_.op_count && (operation(c.op).kind != RowOp::net ||
-                                       first_block() >= operation(c.op).blocks));
+    } while (c.op < call_.op_count &&
+             (operation(c.op).kind != RowOp::net || first_block() >= operation(c.op).blocks));
     c.chunk = 0;
     c.block = first_block();
   }
@@ -133,10 +137,10 @@ class Rows {
       const RowOp& op = operation(cursor_.op);
       std::byte* to = ring_ + stage * call_.stage;
       const int count = units(op);
-      const std::byte* from = packed<std::byte>(op.weight) +
-                              (static_cast<std::int64_t>(cursor_.chunk) * op.blocks +
-                               cursor_.block) *
-                                  count * kUnitBytes;
+      const std::byte* from =
+          packed<std::byte>(op.weight) +
+          (static_cast<std::int64_t>(cursor_.chunk) * op.blocks + cursor_.block) * count *
+              kUnitBytes;
       for (int i = 0; i < count; ++i)
         simt::cp_async16(to + i * kUnitBytes + lane_ * 16, from + i * kUnitBytes + lane_ * 16,
                          true);
@@ -151,10 +155,10 @@ class Rows {
         constexpr int kPieces = sizeof(typename P::Element);  // of 16 bytes in 16 numbers
         for (int i = lane_; i < kRows * kPieces; i += kWarp) {
           const std::int64_t row = tile_row_ + i / kPieces;
-          simt::cp_async16(to + i / kPieces * kRowBytes + i % kPieces * 16,
-                           hidden(op.hidden, row < call_.rows ? row : 0, cursor_.block * 16) +
-                               i % kPieces * 16,
-                           row < call_.rows);
+          simt::cp_async16(
+              to + i / kPieces * kRowBytes + i % kPieces * 16,
+              hidden(op.hidden, row < call_.rows ? row : 0, cursor_.block * 16) + i % kPieces * 16,
+              row < call_.rows);
         }
       }
       cursor_.block += stride();
@@ -379,20 +383,23 @@ class Rows {
 
   __device__ void store_hidden(const RowOp& op, int column, float (&h)[kRowTiles][2][4]) {
     if (op.kept >= 0)
-      each_pair(tile_row_, call_.rows, column, lane_, h, [&](std::int64_t row, int at, float& x, float& y) {
-        *reinterpret_cast<float2*>(call_.kept + op.kept * call_.kept_numbers +
-                                   row * call_.hidden_columns + at) = make_float2(x, y);
-      });
+      each_pair(tile_row_, call_.rows, column, lane_, h,
+                [&](std::int64_t row, int at, float& x, float& y) {
+                  *reinterpret_cast<float2*>(call_.kept + op.kept * call_.kept_numbers +
+                                             row * call_.hidden_columns + at) = make_float2(x, y);
+                });
     if (op.norm >= 0)
-      each_pair(tile_row_, call_.rows, column, lane_, h, [&](std::int64_t, int at, float& x, float& y) {
-        const float *scale = packed<float>(op.norm), *shift = scale + op.blocks * 16;
-        x = x * scale[at] + shift[at];
-        y = y * scale[at + 1] + shift[at + 1];
-      });
+      each_pair(tile_row_, call_.rows, column, lane_, h,
+                [&](std::int64_t, int at, float& x, float& y) {
+                  const float *scale = packed<float>(op.norm), *shift = scale + op.blocks * 16;
+                  x = x * scale[at] + shift[at];
+                  y = y * scale[at + 1] + shift[at + 1];
+                });
     activate(h, op.activation, as_float(op.slope));
-    each_pair(tile_row_, call_.rows, column, lane_, h, [&](std::int64_t row, int at, float& x, float& y) {
-      P::store_pair(hidden(op.hidden, row, at), x, y);
-    });
+    each_pair(tile_row_, call_.rows, column, lane_, h,
+              [&](std::int64_t row, int at, float& x, float& y) {
+                P::store_pair(hidden(op.hidden, row, at), x, y);
+              });
   }
 
   // --- half a warp per row ---
@@ -451,7 +458,8 @@ class Rows {
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     const int groups = columns < threads ? threads / columns : 1;
     const int group = columns < threads ? thread / columns : 0;
-    for (int k = columns < threads ? thread % columns : thread; k < dim && group < groups; k += blockDim.x) {
+    for (int k = columns < threads ? thread % columns : thread; k < dim && group < groups;
+         k += blockDim.x) {
       for (int first = group * 4; first < kRows; first += groups * 4) {
         float sum[4] = {};
 #pragma unroll 8
@@ -545,7 +553,7 @@ class Rows {
       if (lane > 0) continue;
       // Of the inverse, -log_det; the density of a drawn output is the noise's less log|dx/dz|.
       const float log_det = log_[row] + call_.constant;
-      call_.log_det[call_.first_row + index] = !call_.input ? call_.log_noise[index] + log_det
+      call_.log_det[call_.first_row + index] = !call_.input    ? call_.log_noise[index] + log_det
                                                : call_.inverse ? -log_det
                                                                : log_det;
     }
@@ -563,7 +571,8 @@ class Rows {
 };
 
 template <class P, int kRowTiles>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 1) rows_kernel(const __grid_constant__ RowsCall call) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
+    rows_kernel(const __grid_constant__ RowsCall call) {
   Rows<P, kRowTiles>(call).run();
 }
 
@@ -624,8 +633,8 @@ cudaError_t launch(const RowsCall& c, int device, cudaStream_t stream) {
 template <class P>
 cudaError_t launch(RowsCall c, const Plan& plan, int device, cudaStream_t stream) {
   const DeviceLimits limits = device_limits(device);
-  // All weights pass through a multiprocessor once per tile. Many rows: wide tiles; few rows: narrow
-  // ones, whose hidden units are shared by as many multiprocessors as there are.
+  // All weights pass through a multiprocessor once per tile. Many rows: wide tiles; few rows:
+  // narrow ones, whose hidden units are shared by as many multiprocessors as there are.
   const std::int64_t tiles = (c.rows + 15) / 16;
   c.split = 1;
   if (tiles > 2 * limits.processors && lay_out<P, 2>(c, plan, limits.shared))
@@ -636,6 +645,24 @@ cudaError_t launch(RowsCall c, const Plan& plan, int device, cudaStream_t stream
 }
 
 }  // namespace
+
+bool fits(const Plan& plan, int device) {
+  const std::int64_t limit = device_limits(device).shared;
+  RowsCall trial{};
+  for (const auto& launches : plan.launches)
+    for (const Launch& launch : launches)
+      if (const auto* rows = std::get_if<RowsLaunch>(&launch))
+        trial.op_ints = std::max(trial.op_ints, static_cast<int>(rows->op_ints));
+  switch (plan.precision) {
+    case Precision::tf32x3:
+      return lay_out<Tf32x3, 1>(trial, plan, limit);
+    case Precision::tf32:
+      return lay_out<Tf32, 1>(trial, plan, limit);
+    case Precision::bf16:
+      return lay_out<Bf16, 1>(trial, plan, limit);
+  }
+  return false;
+}
 
 int launch_rows(const RowsCall& call, const Plan& plan, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);

@@ -14,12 +14,9 @@ def coupling_lanes(element: int) -> int: ...
 def coupling_pack(
     plan: int,
     plan_size: int,
-    index: int,
-    layer: int,
-    weight: int,
-    bias: int,
-    cond_columns: Sequence[int],
+    tensors: Sequence[tuple[int, int]],
     packed: int,
+    packed_bytes: int,
 ) -> None: ...
 def coupling_run(
     plan: int,
@@ -52,6 +49,30 @@ def coupling_affine(
     inverse: bool,
     log_det: int,
     threads: int,
+) -> None: ...
+def coupling_cuda_fits(plan: int, plan_size: int, device: int) -> bool: ...
+def coupling_cuda_workspace(plan: int, plan_size: int, images: int, per_image: int) -> int: ...
+def coupling_cuda_run(
+    plan: int,
+    plan_size: int,
+    packed: int,
+    packed_bytes: int,
+    inverse: bool,
+    images: int,
+    per_image: int,
+    input: int,
+    cond: int,
+    output: int,
+    log_det: int,
+    workspace: int,
+    workspace_bytes: int,
+    seed: int,
+    image_offset: int,
+    fixed: int,
+    fixed_dims: int,
+    include_mode: bool,
+    device: int,
+    stream: int,
 ) -> None: ...
 def gaussian_fit_run(
     heatmaps: int,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fasthyp._seed import check_int, resolve_seed
 from fasthyp.flows.accelerate import shared_clone
+from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.freia import describe
 from fasthyp.flows.program import FlowProgram
 from fasthyp.reference.coupling import standard_normal_log_prob
 
@@ -156,7 +156,8 @@ def _conditions(
 
 
 def _check_tensor(name: str, tensor: object, like: Tensor, rank: int) -> None:
-    """A finite tensor with at least one row, of the flow's dtype and device."""
+    """A tensor with at least one row, of the flow's dtype and device; finite, on a CPU (on a GPU,
+    to look would be to wait)."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype != like.dtype:
@@ -167,5 +168,5 @@ def _check_tensor(name: str, tensor: object, like: Tensor, rank: int) -> None:
         raise ValueError(f"{name}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
     if not tensor.shape[0]:
         raise ValueError(f"{name}: expected at least one image, got shape {tuple(tensor.shape)}")
-    if not torch.isfinite(tensor).all():
+    if tensor.device.type == "cpu" and not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import FrEIA.modules as fm
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,11 @@ from torch import Tensor
 import fasthyp.flows as flows
 from tests.conftest import Golden, assert_as_good_as, golden_files, max_error
 
-FILES = golden_files("freia_glow_*.npz") + golden_files("freia_head_glow.npz")
+FILES = [
+    *golden_files("freia_glow_*.npz"),
+    *golden_files("freia_head_*.npz"),
+    *golden_files("freia_other_*.npz"),
+]
 BACKENDS = ("auto", "reference")
 
 
@@ -41,18 +46,28 @@ def run_both_ways(net: flows.GraphINN, golden: Golden, cast: Callable) -> dict[s
     return {"z": out, "logjac": log_jac, "x_inv": inv, "logjac_inv": log_jac_inv}
 
 
+def assert_described(net: flows.GraphINN, backend: str) -> None:
+    """A program runs, on the kernels where all of its blocks are GLOW's."""
+    (row,) = flows.explain(net).rows
+    assert "own forward" not in row["reason"], row
+    if backend == "reference" or all(
+        isinstance(module, (fm.GLOWCouplingBlock, fm.PermuteRandom)) for module in net.module_list
+    ):
+        assert row["accelerated"] is (backend == "auto"), row
+
+
 def test_values(golden: Golden, backend: str) -> None:
-    net = flows.accelerate(golden.glow())
-    row = flows.explain(net).rows[0]
-    assert row["accelerated"] is (backend == "auto"), row
+    net = flows.accelerate(golden.freia())
+    assert_described(net, backend)
+    times = 4.0 if "rnvp_tanh" in golden.path.stem else 2.0  # a flow that amplifies roundings
     with torch.no_grad():
         for name, value in run_both_ways(net, golden, list).items():
-            assert_as_good_as(value, golden[f"out/{name}"], golden[f"out64/{name}"], name)
+            assert_as_good_as(value, golden[f"out/{name}"], golden[f"out64/{name}"], name, times)
 
 
 def test_values_in_float64(golden: Golden, backend: str) -> None:
-    net = flows.accelerate(golden.glow().double())
-    assert flows.explain(net).rows[0]["accelerated"] is (backend == "auto")
+    net = flows.accelerate(golden.freia().double())
+    assert_described(net, backend)
     # the stress file amplifies float64 roundings too (its README: 2e-11)
     tolerance = 1e-9 if "stress" in golden.path.stem else 1e-12
     with torch.no_grad():
@@ -76,14 +91,18 @@ def objectives(net: flows.GraphINN, golden: Golden, cast: Callable) -> dict[str,
             w, v = cast([golden[f"in/{name}"] for name in cotangents])
             objective = (w * out).sum() + (v * log_jac).sum()
         parameters = {k: p for k, p in net.named_parameters() if p.requires_grad}
-        found = torch.autograd.grad(objective, [*leaves, *parameters.values()])
+        wanted = [*leaves, *parameters.values()]
+        # FrEIA's GIN blocks do not read all of their parameters
+        found = torch.autograd.grad(objective, wanted, allow_unused=True)
         names = [value, *(f"cond{i}" for i in range(len(conds))), *(f"sd/{k}" for k in parameters)]
-        gradients.update({f"{direction}/{k}": g for k, g in zip(names, found, strict=True)})
+        gradients.update(
+            {f"{direction}/{k}": g for k, g in zip(names, found, strict=True) if g is not None}
+        )
     return gradients
 
 
 def test_gradients(golden: Golden) -> None:
-    net = flows.accelerate(golden.glow())
+    net = flows.accelerate(golden.freia())
     for name, value in objectives(net, golden, lambda ts: [t.clone() for t in ts]).items():
         if "/sd/" not in name:
             exact = golden[name.replace("/", "64/", 1)]
@@ -91,11 +110,11 @@ def test_gradients(golden: Golden) -> None:
 
 
 def test_gradients_in_float64(golden: Golden) -> None:
-    net = flows.accelerate(golden.glow().double())
+    net = flows.accelerate(golden.freia().double())
     stress = "stress" in golden.path.stem
     deviations = golden.meta["tol_float32_vs_float64"]
-    checked = 0
-    for name, value in objectives(net, golden, as_double).items():
+    found = objectives(net, golden, as_double)
+    for name, value in found.items():
         if "/sd/" not in name:
             exact, tolerance = golden[name.replace("/", "64/", 1)], 1e-7 if stress else 1e-11
             assert max_error(value, exact) <= tolerance * float(exact.abs().max()), name
@@ -104,5 +123,4 @@ def test_gradients_in_float64(golden: Golden) -> None:
             peer = float(deviations[f"{name.split('/')[0]}/sd/<all params>"][1])
             exact = golden[name]
             assert max_error(value, exact) <= 1.01 * peer * float(exact.abs().max()), name
-        checked += 1
-    assert checked > 4 * golden.meta["blocks"]
+    assert set(found) >= {n for n in golden.names if n.startswith(("grad/", "ginv/"))}

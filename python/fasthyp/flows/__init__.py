@@ -1,17 +1,24 @@
 """Coupling flows: front ends, the flow as data, and its execution."""
 
 from fasthyp.flows.accelerate import Report, accelerate, explain, restore
+from fasthyp.flows.conditional_glow import ConditionalGlow
+from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.freia import describe
 from fasthyp.flows.freia_modules import (
+    AffineCouplingOneSided,
+    AllInOneBlock,
+    ConditionalAffineTransform,
     ConditionNode,
+    GINCouplingBlock,
     GLOWCouplingBlock,
     GraphINN,
     InputNode,
+    NICECouplingBlock,
     Node,
     OutputNode,
     PermuteRandom,
     ReversibleGraphNet,
+    RNVPCouplingBlock,
     SequenceINN,
 )
 from fasthyp.flows.program import (
@@ -27,24 +34,33 @@ from fasthyp.flows.program import (
     ResidualMLP,
     UnsupportedFlow,
 )
+from fasthyp.flows.realnvp import RealNVP, realnvp_masks
 
 __all__ = [
     "MLP",
     "AdditiveKind",
+    "AffineCouplingOneSided",
     "AffineKind",
+    "AllInOneBlock",
     "ConditionNode",
+    "ConditionalAffineTransform",
+    "ConditionalGlow",
     "Coupling",
     "FlowExecutor",
     "FlowProgram",
+    "GINCouplingBlock",
     "GLOWCouplingBlock",
     "GraphINN",
     "InputNode",
     "Linear",
+    "NICECouplingBlock",
     "Node",
     "Opaque",
     "OutputNode",
     "Permute",
     "PermuteRandom",
+    "RNVPCouplingBlock",
+    "RealNVP",
     "Report",
     "ResidualBlock",
     "ResidualMLP",
@@ -54,5 +70,6 @@ __all__ = [
     "accelerate",
     "describe",
     "explain",
+    "realnvp_masks",
     "restore",
 ]

@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import FrEIA.framework as ff
 import FrEIA.modules as fm
 from torch import Tensor, nn
 
+from fasthyp.flows import nflows, realnvp
+from fasthyp.flows.describe import describe, is_flow
 from fasthyp.flows.executor import check_precision
-from fasthyp.flows.freia import describe
-from fasthyp.flows.freia_modules import MODULES, NODES, FusedFlow
+from fasthyp.flows.freia_modules import MODULES, NODES
+from fasthyp.flows.fused import FusedFlow
 from fasthyp.flows.program import AffineKind, Opaque, UnsupportedFlow
 
-_CLASSES = {**MODULES, **NODES}
-_FLOWS = (ff.GraphINN, ff.SequenceINN, fm.GLOWCouplingBlock)
 _originals: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
 def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highest") -> nn.Module:
     """Run the flows of a model on fused kernels; parameters, keys and numbers stay the same.
 
-    FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and ``GLOWCouplingBlock``, alone
-    or anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`. What cannot
-    be fused keeps working as it was; :func:`explain` says what and why.
+    FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and coupling blocks, alone or
+    anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`; flows of nflows
+    and of POCO get fused subclasses of their own classes. What cannot be fused keeps working as it
+    was; :func:`explain` says what and why.
 
     Changed weights are noticed at the next call, except when they were changed in place through
     ``parameter.data``, which PyTorch does not count: then call ``train()`` or ``eval()`` once.
@@ -45,11 +45,12 @@ def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highe
     check_precision(precision)
     target = module if inplace else shared_clone(module)
     for part in target.modules():
-        if type(part) in MODULES or isinstance(part, FusedFlow):
+        fused = _fused_class(part)
+        if fused is not None:
             part.__dict__.setdefault("_accelerated_from", type(part))
             part.__dict__.pop("_flow", None)
             part.__dict__["precision"] = precision
-            part.__class__ = _CLASSES.get(type(part), type(part))
+            part.__class__ = fused
             for node in getattr(part, "node_list", ()):
                 if type(node) in NODES:
                     node.__dict__["_accelerated_from"] = type(node)
@@ -57,6 +58,13 @@ def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highe
     if not inplace:
         _originals[target] = module
     return target
+
+
+def _fused_class(part: Any) -> Any:
+    """The class that runs this part fused; None for one that has no fused form."""
+    if isinstance(part, FusedFlow):
+        return type(part)
+    return MODULES.get(type(part)) or nflows.fused_class(part) or realnvp.fused_class(part)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -138,13 +146,13 @@ def explain(model: nn.Module) -> Report:
     for name, part in model.named_modules():
         if id(part) in inside:
             continue
-        if isinstance(part, _FLOWS):
+        if is_flow(part):
             if _explain_flow(report, name, part):
                 inside.update(map(id, part.modules()))
         elif isinstance(part, fm.InvertibleModule) and not isinstance(part, fm.PermuteRandom):
             report.add(name, type(part).__name__, False, "no fused form of this block")
     if not report.rows:
-        report.add("", type(model).__name__, False, "holds no FrEIA flow")
+        report.add("", type(model).__name__, False, "holds no flow")
     return report
 
 
@@ -152,23 +160,25 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
     """Add the rows of one flow; True when a program covers everything inside."""
     kind = type(part).__name__
     try:
-        program = describe(part)
+        program = part.flow().program if isinstance(part, FusedFlow) else describe(part)
     except UnsupportedFlow as error:
-        report.add(name, kind, False, f"runs FrEIA's forward: {error}")
+        report.add(name, kind, False, f"runs its own forward: {error}")
         return False
     if not isinstance(part, FusedFlow):
-        how = "subclass of a FrEIA class" if type(part) not in _CLASSES else "not accelerated"
-        report.add(name, kind, False, f"{how}: runs FrEIA's forward")
+        how = "not accelerated" if _fused_class(part) else "a subclass, which is not accelerated"
+        report.add(name, kind, False, f"{how}: runs its own forward")
         return False
     report.add(name, kind, *part.flow().explain())
+    names = {id(module): subname for subname, module in part.named_modules()}
     for step in program.couplings:
-        subname = f"{name}.{step.name}" if name else step.name
         opaque = [subnet for subnet in step.subnets if isinstance(subnet, Opaque)]
         for subnet in opaque:
-            subkind = type(subnet.module).__name__
-            report.add(subname, subkind, False, f"runs as a torch module: {subnet.reason}")
+            subname, subkind = names[id(subnet.module)], type(subnet.module).__name__
+            reason = f"runs as a torch module: {subnet.reason}"
+            report.add(f"{name}.{subname}" if name else subname, subkind, False, reason)
         if not opaque and isinstance(step.kind, AffineKind) and step.kind.clamp_fn is not None:
-            report.add(subname, "clamp", False, "a clamp function of the user's own: reference")
+            subname = f"{name}.{step.name}" if name else step.name
+            report.add(subname, "clamp", False, "a clamp function without a fused form: reference")
     return True
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fasthyp import _C
 from fasthyp._environment import backend
 from fasthyp.flows.program import FlowProgram, stamp
 from fasthyp.ops import coupling as ops
+from fasthyp.ops.coupling_cuda import UnsupportedOnCuda
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import CouplingLayer, Layer, LinearLayer, Net
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)}
 
 
 def check_precision(precision: str) -> str:
@@ -48,6 +50,7 @@ class _Packed:
     plan: _Plan
     stamp: Any
     segments: tuple[ops.PackedFlow | Layer, ...]
+    why: str | None = None  # the kernels do not run it
 
     @property
     def whole(self) -> ops.PackedFlow | None:
@@ -128,7 +131,7 @@ class FlowExecutor:
         like = plan.like.new_empty(1, 0) if like is None else like
         batch, dim = like.shape[0], plan.program.dim
         packed = self._fused(plan, [like])
-        if isinstance(packed, _Packed) and packed.whole is not None:
+        if isinstance(packed, _Packed) and packed.whole is not None and not plan.program.inverted:
             return packed.whole.sample(
                 cond,
                 num_samples,
@@ -155,12 +158,14 @@ class FlowExecutor:
         if isinstance(packed, str):
             return False, f"reference: {packed}"
         couplings = [layer for layer in plan.layers if isinstance(layer, CouplingLayer)]
-        fused = sum(map(_fusible, couplings))
-        if not fused:
-            return False, "reference: no subnet is a plain MLP with a known clamp"
+        fused, linear = sum(map(_fusible, couplings)), len(plan.layers) - len(couplings)
+        if not fused and (couplings or not linear):
+            return False, "reference: no subnet has a form and a clamp that the kernels know"
         count = f"{fused}" if fused == len(couplings) else f"{fused} of {len(couplings)}"
+        steps = f" and {linear} linear steps" if linear else ""
+        where = "the CPU" if plan.like.device.type == "cpu" else plan.like.device
         return True, (
-            f"{count} half-couplings fused on the CPU, precision {self.precision}; "
+            f"{count} half-couplings{steps} fused on {where}, precision {self.precision}; "
             "calls that need gradients run the reference"
         )
 
@@ -169,6 +174,7 @@ class FlowExecutor:
     def _run(self, state: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         plan = self._current_plan()
         _check_inputs(plan, state, cond, "z" if inverse else "x")
+        inverse = inverse != plan.program.inverted
         packed = self._fused(plan, [state] if cond is None else [state, cond])
         if isinstance(packed, str):
             run = reference.flow_inverse if inverse else reference.flow_forward
@@ -186,7 +192,7 @@ class FlowExecutor:
             program = plan.program
         elif isinstance(self.source, FlowProgram):
             old = self.source
-            program = FlowProgram(old.dim, old.cond_dims, old.steps)
+            program = FlowProgram(old.dim, old.cond_dims, old.steps, inverted=old.inverted)
         else:
             program = self.source()
         indices, weights = program.indices(), program.tensors()
@@ -206,15 +212,19 @@ class FlowExecutor:
             return "parameters made in inference mode do not tell when they change"
         packed = self._packed
         if packed is not None and packed.plan is plan and packed.stamp == now:
-            return packed
+            return packed.why or packed
         why = _unfit(plan.weights)
         if why:
             return why
         with self._lock:
             packed = self._packed
             if packed is None or packed.plan is not plan or packed.stamp != now:
-                self._packed = packed = _Packed(plan, now, _pack(plan, self.precision))
-        return packed
+                try:
+                    packed = _Packed(plan, now, _pack(plan, self.precision))
+                except UnsupportedOnCuda as error:
+                    packed = _Packed(plan, now, (), str(error))
+                self._packed = packed
+        return packed.why or packed
 
 
 def _check_inputs(plan: _Plan, state: Tensor, cond: Tensor | None, name: str) -> None:
@@ -251,7 +261,7 @@ def _why_reference(plan: _Plan, inputs: list[Tensor]) -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(plan.like.device.type):
         return "autocast is active"
     why = _unfit(inputs)
     if why is None and torch.is_grad_enabled():
@@ -265,20 +275,24 @@ def _unfit(tensors: list[Tensor]) -> str | None:
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"{type(tensor).__name__} is a tensor subclass"
-        if tensor.device.type != "cpu":
-            return f"on {tensor.device}, and the fused coupling kernels run on the CPU"
-        if tensor.dtype not in _DTYPES:
-            return f"{tensor.dtype}, and the fused coupling kernels take float32 and float64"
+        kind = tensor.device.type
+        if kind not in _DTYPES:
+            return f"on {tensor.device}, and the fused coupling kernels run on CPUs and CUDA"
+        if kind == "cuda" and _C.cuda_archs is None:
+            return f"on {tensor.device}, and fasthyp was built without CUDA kernels"
+        if kind == "cuda" and backend() == "cpu":
+            return "FASTHYP_BACKEND=cpu"
+        if tensor.dtype not in _DTYPES[kind]:
+            known = " and ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES[kind])
+            return f"{tensor.dtype}, and the fused coupling kernels take {known} on {kind}"
         if tensor.dtype != tensors[0].dtype:
             return "parameters of different dtypes"
     return None
 
 
 def _fusible(layer: Layer) -> bool:
-    if isinstance(layer, LinearLayer) or layer.kind != "affine" or len(layer.nets) > 1:
-        return False
-    if any(dense.keep for net in layer.nets if isinstance(net, Net) for dense in net.layers):
-        return False
+    if isinstance(layer, LinearLayer):
+        return True
     return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 
@@ -288,9 +302,9 @@ def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
     A single packed flow ends with the output index; several work on the bare state.
     """
     shape = plan.program.dim, plan.program.cond_dim
-    dtype = plan.like.dtype
+    dtype, device = plan.like.dtype, plan.like.device
     if plan.layers and all(map(_fusible, plan.layers)):
-        return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype),)
+        return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype, device),)
     same_order = tuple(range(plan.program.dim))
     segments: list[ops.PackedFlow | Layer] = []
     run: list[Layer] = []
@@ -299,7 +313,7 @@ def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
             run.append(layer)
             continue
         if run:
-            segments.append(ops.PackedFlow(run, same_order, *shape, precision, dtype))
+            segments.append(ops.PackedFlow(run, same_order, *shape, precision, dtype, device))
             run = []
         if layer is not None:
             segments.append(layer)
@@ -326,7 +340,12 @@ def _run_layer(
     layer: Layer, state: Tensor, cond: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """The subnets as torch runs them, with fused arithmetic around them where there is some."""
-    if isinstance(layer, LinearLayer) or layer.clamp_fn is not None or layer.kind != "affine":
+    if (
+        isinstance(layer, LinearLayer)
+        or layer.clamp_fn is not None
+        or layer.kind != "affine"
+        or state.device.type != "cpu"
+    ):
         return reference.apply_layer(layer, state, cond, inverse)
     raw = layer.raw_scale * reference.subnet(layer, state, cond).to(state.dtype)
     changed, log_jac = ops.affine_coupling(

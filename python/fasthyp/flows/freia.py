@@ -1,54 +1,68 @@
-"""FrEIA 0.2 front end: its chains of ``GLOWCouplingBlock`` and ``PermuteRandom`` as programs."""
+"""FrEIA front end: its chains of coupling blocks, permutations and linear maps as programs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import FrEIA.framework as ff
 import FrEIA.modules as fm
-from torch import nn
+import torch
+from FrEIA.modules.orthogonal import _fast_h
+from torch import Tensor, nn
 
-from fasthyp.flows.clamps import ScaledAtan, clamp_name
+from fasthyp.flows.clamps import GLOBAL_SCALES, ScaledAtan, clamp_name, known_name
 from fasthyp.flows.freia_old import OldInputNode, OldPermuteRandom
+from fasthyp.flows.parts import act_norm, computes_as, require_plain, subnet
 from fasthyp.flows.program import (
-    MLP,
+    AdditiveKind,
     AffineKind,
     Coupling,
     FlowProgram,
-    Opaque,
+    Linear,
     Permute,
+    Step,
+    UninitializedFlow,
     UnsupportedFlow,
     Watch,
-    has_hooks,
 )
+from fasthyp.reference.coupling import CouplingLayer, LinearMap, log_scale
+
+COUPLINGS = (
+    fm.GLOWCouplingBlock,
+    fm.RNVPCouplingBlock,
+    fm.NICECouplingBlock,
+    fm.GINCouplingBlock,
+    fm.AffineCouplingOneSided,
+    fm.ConditionalAffineTransform,
+    fm.AllInOneBlock,
+)
+
+
+def knows(module: object) -> bool:
+    """Whether :func:`describe` is the one for this module."""
+    return isinstance(module, (ff.GraphINN, ff.SequenceINN, *COUPLINGS))
 
 
 def describe(module: nn.Module) -> FlowProgram:
     """The program of a ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` or coupling block.
 
     Raises:
-        TypeError: not one of these.
-        UnsupportedFlow: one of these, but not a chain of GLOW couplings and permutations of
-            vectors; the message says where.
+        UnsupportedFlow: not a chain of known blocks over vectors; the message says where.
     """
-    if not isinstance(module, (ff.GraphINN, ff.SequenceINN, fm.GLOWCouplingBlock)):
-        raise TypeError(
-            "expected a FrEIA GraphINN, ReversibleGraphNet, SequenceINN or GLOWCouplingBlock, "
-            f"got {type(module).__name__}"
-        )
-    if not _computes_as(module, "forward"):
+    if not computes_as(module, "FrEIA", "forward"):
         raise UnsupportedFlow(f"{type(module).__name__} has a forward of its own")
     watch = Watch()
     if isinstance(module, ff.GraphINN):
-        return _describe_graph(module, watch)
-    if isinstance(module, ff.SequenceINN):
-        return _describe_sequence(module, watch)
-    if not _computes_as(module, "_coupling1", "_coupling2"):
-        raise UnsupportedFlow(f"{type(module).__name__} has couplings of its own")
-    columns = tuple(range(module.condition_length))
-    dims = (module.condition_length,) if columns else ()
-    return FlowProgram(module.channels, dims, _couplings(module, columns, "", watch), watch)
+        program = _describe_graph(module, watch)
+    elif isinstance(module, ff.SequenceINN):
+        program = _describe_sequence(module, watch)
+    else:
+        program = _describe_block(module, watch)
+    if not (program.tensors() or program.opaque):
+        raise UnsupportedFlow("it does nothing but permute")
+    return program
 
 
 def _describe_graph(net: ff.GraphINN, watch: Watch) -> FlowProgram:
@@ -64,7 +78,7 @@ def _describe_graph(net: ff.GraphINN, watch: Watch) -> FlowProgram:
         cond_dims.append(width)
 
     names = {id(module): f"module_list.{i}" for i, module in enumerate(net.module_list)}
-    steps: list[Coupling | Permute] = []
+    steps: list[Step] = []
     node, count = net.in_nodes[0], 0
     while True:
         if len(node.outputs) != 1 or node.outputs[0] is None:
@@ -95,12 +109,19 @@ def _describe_sequence(net: ff.SequenceINN, watch: Watch) -> FlowProgram:
     for index in sorted(widths):
         starts[index] = total
         total += widths[index]
-    steps: list[Coupling | Permute] = []
+    steps: list[Step] = []
     for i, (index, module) in enumerate(zip(net.conditions, net.module_list, strict=True)):
         cond = () if index is None else range(starts[index], starts[index] + widths[index])
         steps += _steps(module, tuple(cond), f"module_list.{i}", watch)
     watch.module(net.module_list)
     return FlowProgram(dim, [widths[index] for index in sorted(widths)], steps, watch)
+
+
+def _describe_block(block: Any, watch: Watch) -> FlowProgram:
+    (dim,) = _vector(block.dims_in[0], "input")
+    width = sum(_vector(shape, "condition")[0] for shape in block.dims_c)
+    steps = _steps(block, tuple(range(width)), "", watch)
+    return FlowProgram(dim, (width,) if width else (), steps, watch)
 
 
 def _vector(shape: Sequence[int], what: str) -> Sequence[int]:
@@ -109,131 +130,258 @@ def _vector(shape: Sequence[int], what: str) -> Sequence[int]:
     return shape
 
 
-def _steps(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Coupling | Permute]:
-    if isinstance(module, fm.GLOWCouplingBlock) and _computes_as(
-        module, "forward", "_coupling1", "_coupling2"
-    ):
-        return list(_couplings(module, cond, name, watch))
-    if type(module) is OldInputNode:
-        return []
-    if isinstance(module, (fm.PermuteRandom, OldPermuteRandom)) and _computes_as(module, "forward"):
-        _require_plain(module, name)
-        watch.module(module)
-        return [Permute(module.perm, module.perm_inv, name)]
-    raise UnsupportedFlow(
-        f"{name} is a {type(module).__name__}, not a GLOWCouplingBlock or PermuteRandom"
-    )
+def _steps(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    for kind, steps_of, methods in _BLOCKS:
+        if isinstance(module, kind) and computes_as(module, "FrEIA", "forward", *methods):
+            require_plain(module, name)
+            watch.module(module)
+            return steps_of(module, cond, name, watch)
+    raise UnsupportedFlow(f"{name or 'it'} is a {type(module).__name__}, which has no fused form")
 
 
-def _couplings(
-    block: fm.GLOWCouplingBlock, cond: tuple[int, ...], name: str, watch: Watch
-) -> tuple[Coupling, Coupling]:
+# --- couplings --------------------------------------------------------------------------------
+
+
+def _glow(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     """x1 changes with subnet2(x2), then x2 with subnet1(the new x1)."""
-    _require_plain(block, name)
+    x1, x2 = _halves(block, cond, name, watch)
+    kind = _affine(block, name, centered=isinstance(block, fm.GINCouplingBlock))
+    return [
+        Coupling(x1, x2, subnet(block.subnet2, watch), kind, cond, _join(name, "subnet2")),
+        Coupling(x2, x1, subnet(block.subnet1, watch), kind, cond, _join(name, "subnet1")),
+    ]
+
+
+def _rnvp(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    """As GLOW, with subnets of their own for s and t."""
+    x1, x2 = _halves(block, cond, name, watch)
+    kind = _affine(block, name)
+    s1, t1 = subnet(block.subnet_s1, watch), subnet(block.subnet_t1, watch)
+    s2, t2 = subnet(block.subnet_s2, watch), subnet(block.subnet_t2, watch)
+    return [
+        Coupling(x1, x2, s2, kind, cond, _join(name, "subnet_s2"), shift_subnet=t2),
+        Coupling(x2, x1, s1, kind, cond, _join(name, "subnet_s1"), shift_subnet=t1),
+    ]
+
+
+def _nice(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    x1, x2 = _halves(block, cond, name, watch)
+    return [
+        Coupling(x1, x2, subnet(block.F, watch), AdditiveKind(), cond, _join(name, "F")),
+        Coupling(x2, x1, subnet(block.G, watch), AdditiveKind(), cond, _join(name, "G")),
+    ]
+
+
+def _one_sided(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    x1, x2 = _halves(block, cond, name, watch)
+    net, kind = subnet(block.subnet, watch), _affine(block, name)
+    return [Coupling(x2, x1, net, kind, cond, _join(name, "subnet"))]
+
+
+def _conditional_affine(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    x1, x2 = _halves(block, cond, name, watch)
+    net, kind = subnet(block.subnet, watch), _affine(block, name)
+    return [Coupling(x1 + x2, (), net, kind, cond, _join(name, "subnet"))]
+
+
+def _halves(
+    block: Any, cond: tuple[int, ...], name: str, watch: Watch
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if block.ndims != 1:
         raise UnsupportedFlow(f"{name} works on {block.ndims}-dimensional data")
-    if len(cond) != block.condition_length:
-        raise UnsupportedFlow(
-            f"{name} reads {block.condition_length} condition columns, has {len(cond)}"
-        )
+    _require_condition(block.condition_length, cond, name)
+    watch.attributes(block, "clamp", "f_clamp", "split_len1")
+    split = block.split_len1
+    return tuple(range(split)), tuple(range(split, block.channels))
+
+
+def _require_condition(width: int, cond: tuple[int, ...], name: str) -> None:
+    if len(cond) != width:
+        raise UnsupportedFlow(f"{name} reads {width} condition columns, has {len(cond)}")
+
+
+def _affine(block: Any, name: str, centered: bool = False) -> AffineKind:
+    clamp, function = _clamp(block, name), block.f_clamp
+    if type(function) is ScaledAtan and function.clamp == clamp:
+        return AffineKind(clamp, "atan_scaled", centered=centered)
+    known = clamp_name(function)
+    if known is None:
+        return AffineKind(clamp, clamp_fn=function, centered=centered)
+    return AffineKind(clamp, known, centered=centered)
+
+
+def _clamp(block: Any, name: str) -> float:
     if not isinstance(block.clamp, (int, float)):
         raise UnsupportedFlow(f"{name} has a clamp of type {type(block.clamp).__name__}")
-    watch.module(block)
-    watch.attributes(block, "clamp", "f_clamp", "split_len1")
-    kind = _kind(block)
-    x1 = tuple(range(block.split_len1))
-    x2 = tuple(range(block.split_len1, block.channels))
-    prefix = f"{name}." if name else ""
-    return (
-        Coupling(x1, x2, subnet(block.subnet2, watch), kind, cond, f"{prefix}subnet2"),
-        Coupling(x2, x1, subnet(block.subnet1, watch), kind, cond, f"{prefix}subnet1"),
+    return block.clamp
+
+
+def _join(name: str, part: str) -> str:
+    return f"{name}.{part}" if name else part
+
+
+# --- AllInOneBlock ----------------------------------------------------------------------------
+
+
+def _all_in_one(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    """[rotation back], coupling of x2 with x1, scale and offset, rotation (or permutation)."""
+    if block.input_rank != 0:
+        raise UnsupportedFlow(f"{name} works on {block.input_rank + 1}-dimensional data")
+    _require_condition(block.condition_channels, cond, name)
+    watch.attributes(block, "clamp", "GIN", "reverse_pre_permute", "global_scale_activation")
+    split, dim = block.splits[0], block.in_channels
+    kind = AffineKind(
+        *(_clamp(block, name), _soft_clamp(block, name)), centered=bool(block.GIN), raw_scale=0.1
     )
+    net = subnet(block.subnet, watch)
+    x1, x2 = tuple(range(split)), tuple(range(split, dim))
+    rotate, rotate_back = _rotations(block, name, watch)
+    steps: list[Step] = [
+        Coupling(x2, x1, net, kind, cond, _join(name, "subnet")),
+        _global_affine(block, name),
+        rotate,
+    ]
+    return [rotate_back, *steps] if block.reverse_pre_permute else steps
 
 
-def _kind(block: fm.GLOWCouplingBlock) -> AffineKind:
-    function = block.f_clamp
-    if type(function) is ScaledAtan and function.clamp == block.clamp:
-        return AffineKind(block.clamp, "atan_scaled")
-    name = clamp_name(function)
-    if name is None:
-        return AffineKind(block.clamp, clamp_fn=function)
-    return AffineKind(block.clamp, name)
+def _soft_clamp(block: Any, name: str) -> str:
+    """FrEIA 0.2 clamps clamp * tanh(a), later versions clamp * tanh(a / clamp): what this one does
+    to a = (u, 0), of which GIN takes the mean off."""
+    u = torch.linspace(-50.0, 50.0, 11, dtype=torch.float64)
+    raw = torch.stack([u, *u.new_zeros(3, len(u))], 1)
+    scale = block._affine(u.new_ones(len(u), 2), raw)[0]
+    s = (scale[:, 0] / scale[:, 1]).log()
+    for known in ("tanh", "tanh_scaled"):
+        expected = log_scale(
+            0.1 * u, CouplingLayer((), (), clamp=block.clamp, clamp_activation=known)
+        )
+        if torch.allclose(s, expected, 1e-9, 1e-9):
+            return known
+    raise UnsupportedFlow(f"{name} has a soft clamp of its own")
 
 
-def _computes_as(module: nn.Module, *methods: str) -> bool:
-    """Whether a subclass of FrEIA's left these methods as FrEIA or this package defines them."""
-    owners = ("FrEIA.", "fasthyp.flows.")
-    return all(getattr(type(module), name).__module__.startswith(owners) for name in methods)
+def _global_affine(block: Any, name: str) -> Linear:
+    scale, offset = block.global_scale, block.global_offset
+    if block.GIN:
+        return Linear((offset,), _offset, diagonal=True, name=name)
+    known = known_name(block.global_scale_activation, GLOBAL_SCALES)
+    if known is None:
+        raise UnsupportedFlow(f"{name} has a global scale activation of its own")
+    evaluate = partial(_scale_offset, GLOBAL_SCALES[known])
+    return Linear((scale, offset), evaluate, diagonal=True, name=name)
 
 
-def _require_plain(module: nn.Module, name: str) -> None:
-    if has_hooks(module):
-        raise UnsupportedFlow(f"{name} has hooks")
-    if "forward" in module.__dict__:
-        raise UnsupportedFlow(f"{name} has a forward of its own")
+def _offset(offset: Tensor) -> LinearMap:
+    shift = offset.reshape(-1)
+    return LinearMap(torch.ones_like(shift), shift, shift.new_zeros(()))
 
 
-def subnet(module: nn.Module, watch: Watch) -> MLP | Opaque:
-    """An MLP where the module is nothing but Linear layers with one kind of activation between
-    them (inactive dropout and Identity do not count), an Opaque with the reason otherwise."""
-    seen = Watch()
-    try:
-        mlp = _mlp(module, seen)
-    except UnsupportedFlow as error:
-        return Opaque(module, str(error))
-    watch.include(seen)
-    return mlp
+def _scale_offset(
+    activation: Callable[[Tensor], Tensor], scale: Tensor, offset: Tensor
+) -> LinearMap:
+    scale = activation(scale).reshape(-1)
+    return LinearMap(scale, offset.reshape(-1), scale.log().sum())
 
 
-def _mlp(module: nn.Module, watch: Watch) -> MLP:
-    linears: list[nn.Linear] = []
-    activations: list[tuple[str, float]] = []
-    for name, part in _flatten(module, "", watch):
-        kind = type(part)
-        if kind is nn.Identity:
-            continue
-        if kind is nn.Dropout:
-            watch.attributes(part, "training", "p")
-            if part.training and part.p > 0:
-                raise UnsupportedFlow(f"{name} is a Dropout in training mode")
-        elif kind is nn.Linear:
-            if len(activations) != len(linears):
-                raise UnsupportedFlow(f"{name} is a Linear right after another")
-            linears.append(part)
-        else:
-            activation = _activation(part, name, watch)
-            if len(activations) + 1 != len(linears):
-                raise UnsupportedFlow(f"{name} is not between two Linear layers")
-            activations.append(activation)
-    if len(activations) + 1 != len(linears):
-        raise UnsupportedFlow("it does not end with a Linear layer")
-    if len(set(activations)) > 1:
-        raise UnsupportedFlow("it has different activations")
-    return MLP(tuple(linears), *(activations[0] if activations else ()))
+def _rotations(block: Any, name: str, watch: Watch) -> tuple[Step, Step]:
+    """What comes after the coupling, and its inverse."""
+    if block.householder:
+        tensors = block.w_0, block.vk_householder
+        return Linear(tensors, _householder, name=name), Linear(
+            tensors, _householder_back, name=name
+        )
+    w, back = block.w_perm, block.w_perm_inv
+    if not w.is_floating_point():  # FrEIA after 0.2: indices
+        return Permute(w, back, name), Permute(back, w, name)
+    watch.values(w, back)
+    index, index_back = w.argmax(1), back.argmax(1)
+    ones = torch.eye(len(w), dtype=w.dtype, device=w.device)
+    if torch.equal(w, ones[index]) and torch.equal(back, ones[index_back]) and not w.requires_grad:
+        return Permute(index, index_back, name), Permute(index_back, index, name)
+    return Linear((w, back), _matrix, name=name), Linear((back, w), _matrix, name=name)
 
 
-def _flatten(module: Any, name: str, watch: Watch) -> Iterable[tuple[str, Any]]:
-    _require_plain(module, name or "it")
-    watch.module(module)
-    if type(module) is nn.Sequential:
-        for key, child in module.named_children():
-            yield from _flatten(child, f"{name}.{key}" if name else key, watch)
-    else:
-        yield name or "it", module
+def _matrix(weight: Tensor, inverse: Tensor) -> LinearMap:
+    """A rotation whose inverse is stored; FrEIA takes its determinant for 1."""
+    zeros = weight.new_zeros(len(weight))
+    return LinearMap(weight, zeros, zeros.sum(), inverse)
 
 
-def _activation(module: Any, name: str, watch: Watch) -> tuple[str, float]:
-    kind = type(module)
-    if kind is nn.ReLU:
-        return "relu", 0.0
-    if kind is nn.LeakyReLU:
-        watch.attributes(module, "negative_slope")
-        return "leaky_relu", module.negative_slope
-    if kind is nn.SiLU:
-        return "silu", 0.0
-    if kind is nn.Tanh:
-        return "tanh", 0.0
-    if kind is nn.GELU:
-        watch.attributes(module, "approximate")
-        return ("gelu_tanh" if module.approximate == "tanh" else "gelu"), 0.0
-    raise UnsupportedFlow(f"{name} is a {kind.__name__}, which the fused MLP does not have")
+def _householder(start: Tensor, vectors: Tensor) -> LinearMap:
+    """Reflections at ``vectors`` (K, D) after the rotation ``start``: orthogonal."""
+    w = start
+    for v in vectors:
+        w = w - 2.0 * torch.outer(w @ v, v) / v.dot(v)
+    return _matrix(w, w.mT)
+
+
+def _householder_back(start: Tensor, vectors: Tensor) -> LinearMap:
+    w = _householder(start, vectors).weight
+    return _matrix(w.mT, w)
+
+
+# --- permutations and linear maps -------------------------------------------------------------
+
+
+def _permutation(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    return [Permute(module.perm, module.perm_inv, name)]
+
+
+def _nothing(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    return []
+
+
+def _act_norm(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    watch.attributes(module, "init_on_next_batch")
+    if module.init_on_next_batch:
+        raise UninitializedFlow(f"{name} is an ActNorm that its first batch will initialise")
+    return [act_norm(module.scale, module.bias, name)]
+
+
+def _fixed_linear(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    """x M + b, of which FrEIA stores M, its inverse and log|det M|."""
+    tensors = [module.M, module.M_inv, module.logDetM]
+    if isinstance(module.b, Tensor):
+        tensors.append(module.b)
+    elif module.b:
+        raise UnsupportedFlow(f"{name} has an offset of type {type(module.b).__name__}")
+    return [Linear(tuple(tensors), _fixed, name=name)]
+
+
+def _fixed(m: Tensor, inverse: Tensor, log_det: Tensor, b: Tensor | None = None) -> LinearMap:
+    shift = m.new_zeros(len(m)) if b is None else b.reshape(-1)
+    return LinearMap(m.mT, shift, log_det, inverse=inverse.mT)
+
+
+def _householder_perm(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
+    if module.conditional:
+        raise UnsupportedFlow(f"{name} is a HouseholderPerm with a condition")
+    if module.fixed:
+        return [Linear((module.W,), _rotation, name=name)]
+    return [Linear((module.Vs,), _reflections, name=name)]
+
+
+def _rotation(w: Tensor) -> LinearMap:
+    return _matrix(w.mT, w)
+
+
+def _reflections(vectors: Tensor) -> LinearMap:
+    return _rotation(_fast_h(vectors).to(vectors.dtype))
+
+
+# Block, its steps, and which methods beside forward must be FrEIA's.
+_BLOCKS: tuple[tuple[Any, Callable[..., list[Step]], tuple[str, ...]], ...] = (
+    (fm.GLOWCouplingBlock, _glow, ("_coupling1", "_coupling2")),
+    (fm.GINCouplingBlock, _glow, ("_coupling1", "_coupling2")),
+    (fm.RNVPCouplingBlock, _rnvp, ("_coupling1", "_coupling2")),
+    (fm.NICECouplingBlock, _nice, ("_coupling1", "_coupling2")),
+    (fm.AffineCouplingOneSided, _one_sided, ()),
+    (fm.ConditionalAffineTransform, _conditional_affine, ()),
+    (fm.AllInOneBlock, _all_in_one, ("_affine", "_permute", "_pre_permute")),
+    (fm.PermuteRandom, _permutation, ()),
+    (OldPermuteRandom, _permutation, ()),
+    (OldInputNode, _nothing, ()),
+    (fm.ActNorm, _act_norm, ()),
+    (fm.FixedLinearTransform, _fixed_linear, ()),
+    (fm.HouseholderPerm, _householder_perm, ()),
+)

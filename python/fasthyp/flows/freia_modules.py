@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import FrEIA.framework as ff
@@ -18,115 +17,80 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fasthyp.flows.clamps import CLAMPS, clamp_name
-from fasthyp.flows.executor import FlowExecutor
+from fasthyp.flows.clamps import with_names
 from fasthyp.flows.freia import describe
-from fasthyp.flows.program import UnsupportedFlow
+from fasthyp.flows.fused import FusedFlow
+from fasthyp.flows.program import FlowProgram, UnsupportedFlow
+
+# Blocks of which FrEIA says that log_jac is the number 0.0.
+_VOLUME_PRESERVING = (
+    fm.NICECouplingBlock,
+    fm.GINCouplingBlock,
+    fm.PermuteRandom,
+    fm.HouseholderPerm,
+)
 
 
-class FusedFlow(nn.Module):
-    """What the drop-in classes share: a lazily made executor, never saved or copied."""
-
-    precision = "highest"
-
-    def flow(self) -> FlowExecutor:
-        """The executor of this module; made on first use.
-
-        Raises:
-            UnsupportedFlow: the module is not a chain that a program can describe.
-        """
-        state = self.__dict__.get("_flow")
-        if state is None:
-            state = FlowExecutor(partial(describe, self), self.precision)
-            try:
-                _ = state.program
-            except UnsupportedFlow as error:
-                state = error
-            self.__dict__["_flow"] = state
-        if isinstance(state, UnsupportedFlow):
-            raise state
-        return state
-
-    def train(self, mode: bool = True) -> Any:
-        # Called between training and evaluation: also a good moment to forget weights that were
-        # changed behind PyTorch's back, through parameter.data.
-        self.__dict__.pop("_flow", None)
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_flow", None)
-        return state
-
-    def _delegates(self) -> bool:
-        """Whether this call is for FrEIA's own forward, which every torch transform can trace."""
-        return (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or getattr(self, "_is_replica", False)
-        )
-
-    def _run_rows(
-        self, x: Tensor, conditions: Sequence[Tensor], rev: bool
-    ) -> tuple[Tensor, Tensor]:
-        """FrEIA's way to call: rows x (N, D), each with its own row of every condition."""
-        flow = self.flow()
-        program = flow.program
-        name = "x_or_z"
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dim() != 2 or x.shape[1] != program.dim:
-            raise ValueError(f"{name}: expected shape (N, {program.dim}), got {tuple(x.shape)}")
-        for i, (c, width) in enumerate(zip(conditions, program.cond_dims, strict=True)):
-            if not isinstance(c, Tensor):
-                raise TypeError(f"c[{i}]: expected a tensor, got {type(c).__name__}")
-            if c.shape != (x.shape[0], width):
-                raise ValueError(
-                    f"c[{i}]: expected shape ({x.shape[0]}, {width}), got {tuple(c.shape)}"
-                )
-        cond = None
-        if conditions:
-            cond = conditions[0] if len(conditions) == 1 else torch.cat(tuple(conditions), 1)
-        out, log_jac = (flow.inverse if rev else flow.forward)(x[:, None], cond)
-        return out[:, 0], log_jac[:, 0]
+class _Freia(FusedFlow):
+    def _describe(self) -> FlowProgram:
+        return describe(self)
 
 
-class GLOWCouplingBlock(FusedFlow, fm.GLOWCouplingBlock):
-    """``FrEIA.modules.GLOWCouplingBlock``, fused."""
-
-    f_clamp: Callable[[Tensor], Tensor]
+class _FusedBlock(_Freia):
+    dims_c: list[tuple[int, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.f_clamp = _picklable_clamp(self.f_clamp)
+        self.__dict__.update(with_names(self.__dict__))
 
     def forward(
         self, x: Sequence[Tensor], c: Sequence[Tensor] = (), rev: bool = False, jac: bool = True
-    ) -> tuple[tuple[Tensor], Tensor]:
+    ) -> tuple[tuple[Tensor], Tensor | float]:
         """x: one tensor (N, D) in a sequence; c: conditions (N, C_i) -> ((y,), log_jac (N,))."""
         if not self._delegates():
             conditions = []
-            if self.conditional:
+            if self.dims_c:
                 if not len(c):
-                    raise ValueError(f"c: expected {self.condition_length} columns, got no tensor")
+                    width = sum(shape[0] for shape in self.dims_c)
+                    raise ValueError(f"c: expected {width} columns, got no tensor")
                 conditions = [torch.cat(tuple(c), 1) if len(c) > 1 else c[0]]
             try:
                 out, log_jac = self._run_rows(x[0], conditions, rev)
-                return (out,), log_jac
+                return (out,), 0.0 if isinstance(self, _VOLUME_PRESERVING) else log_jac
             except UnsupportedFlow:
                 pass
         return super().forward(x, list(c), rev, jac)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        state["f_clamp"] = _picklable_clamp(state["f_clamp"])
-        return state
+        return with_names(super().__getstate__())
 
 
-def _picklable_clamp(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """FrEIA keeps lambdas; the same function by name can be pickled."""
-    name = clamp_name(function)
-    return function if name is None else CLAMPS[name]
+class GLOWCouplingBlock(_FusedBlock, fm.GLOWCouplingBlock):
+    """``FrEIA.modules.GLOWCouplingBlock``, fused."""
+
+
+class RNVPCouplingBlock(_FusedBlock, fm.RNVPCouplingBlock):
+    """``FrEIA.modules.RNVPCouplingBlock``, fused."""
+
+
+class NICECouplingBlock(_FusedBlock, fm.NICECouplingBlock):
+    """``FrEIA.modules.NICECouplingBlock``, fused."""
+
+
+class GINCouplingBlock(_FusedBlock, fm.GINCouplingBlock):
+    """``FrEIA.modules.GINCouplingBlock``, fused."""
+
+
+class AffineCouplingOneSided(_FusedBlock, fm.AffineCouplingOneSided):
+    """``FrEIA.modules.AffineCouplingOneSided``, fused."""
+
+
+class ConditionalAffineTransform(_FusedBlock, fm.ConditionalAffineTransform):
+    """``FrEIA.modules.ConditionalAffineTransform``, fused."""
+
+
+class AllInOneBlock(_FusedBlock, fm.AllInOneBlock):
+    """``FrEIA.modules.AllInOneBlock``, fused."""
 
 
 class PermuteRandom(fm.PermuteRandom):
@@ -147,7 +111,7 @@ class PermuteRandom(fm.PermuteRandom):
         self.perm_inv = nn.Parameter(perm.argsort(), requires_grad=False)
 
 
-class _FusedGraph(FusedFlow):
+class _FusedGraph(_Freia):
     in_nodes: list[ff.InputNode]
     condition_nodes: list[ff.ConditionNode]
     force_tuple_output: bool
@@ -194,7 +158,7 @@ class ReversibleGraphNet(_FusedGraph, ff.ReversibleGraphNet):
     """``FrEIA.framework.ReversibleGraphNet``, fused; calls do not warn of its deprecation."""
 
 
-class SequenceINN(FusedFlow, ff.SequenceINN):
+class SequenceINN(_Freia, ff.SequenceINN):
     """``FrEIA.framework.SequenceINN``, fused where it is a chain of couplings and permutations."""
 
     append: Callable[..., None]
@@ -216,8 +180,9 @@ class SequenceINN(FusedFlow, ff.SequenceINN):
             if used and (c is None or isinstance(c, Tensor) or len(c) <= used[-1]):
                 raise ValueError(f"c: expected a list of at least {used[-1] + 1} conditions")
             try:
-                if any(isinstance(m, fm.GLOWCouplingBlock) for m in self.module_list):
-                    return self._run_rows(x, [c[index] for index in used] if c else [], rev)
+                out, log_jac = self._run_rows(x, [c[index] for index in used] if c else [], rev)
+                keeps_volume = all(isinstance(m, _VOLUME_PRESERVING) for m in self.module_list)
+                return out, 0.0 if keeps_volume else log_jac
             except UnsupportedFlow:
                 pass
         return super().forward(x_or_z, c, rev, jac)
@@ -269,6 +234,12 @@ MODULES: dict[Any, Any] = {
     ff.ReversibleGraphNet: ReversibleGraphNet,
     ff.SequenceINN: SequenceINN,
     fm.GLOWCouplingBlock: GLOWCouplingBlock,
+    fm.RNVPCouplingBlock: RNVPCouplingBlock,
+    fm.NICECouplingBlock: NICECouplingBlock,
+    fm.GINCouplingBlock: GINCouplingBlock,
+    fm.AffineCouplingOneSided: AffineCouplingOneSided,
+    fm.ConditionalAffineTransform: ConditionalAffineTransform,
+    fm.AllInOneBlock: AllInOneBlock,
 }
 NODES: dict[Any, Any] = {
     ff.Node: Node,

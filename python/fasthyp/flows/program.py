@@ -25,6 +25,10 @@ class UnsupportedFlow(ValueError):
     """A module that a program cannot describe; the message says why."""
 
 
+class UninitializedFlow(UnsupportedFlow):
+    """A module whose first call sets its parameters (ActNorm): it is described after that."""
+
+
 @dataclass(frozen=True, eq=False)
 class MLP:
     """Linear layers with one activation (``reference.coupling.ACTIVATIONS``) between them."""
@@ -296,6 +300,7 @@ class FlowProgram:
         steps: :class:`Coupling`, :class:`Linear` and :class:`Permute`, in the direction data ->
             latent.
         watch: what the front end wants watched beside the linears.
+        inverted: the steps lead from latent to data instead.
 
     Attributes:
         opaque: the subnets that are no plain MLPs.
@@ -307,11 +312,13 @@ class FlowProgram:
         cond_dims: Sequence[int],
         steps: Sequence[Step],
         watch: Watch | None = None,
+        inverted: bool = False,
     ) -> None:
         self.dim = dim
         self.cond_dims = tuple(cond_dims)
         self.steps = tuple(steps)
         self.watch = watch or Watch()
+        self.inverted = inverted
         subnets = [subnet for step in self.couplings for subnet in step.subnets]
         self.opaque = [subnet.module for subnet in subnets if isinstance(subnet, Opaque)]
         for step in self.couplings:

@@ -8,6 +8,7 @@ last weight.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,6 +86,16 @@ class FoldedLinear:
 
 
 FoldedStep = FoldedCoupling | FoldedLinear
+
+# Names as the kernels know them (csrc/coupling/coupling.h).
+ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
+CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
+KINDS = {"affine": 0, "additive": 1, "gin": 2}
+
+
+def double_bits(value: float) -> int:
+    """A double as the integer with the same bits."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @torch.no_grad()

@@ -4,14 +4,14 @@ A flow is packed once (:class:`PackedFlow`) and then runs as a single op: the we
 buffer, in the order in which the kernels read them, and the structure is a small integer tensor,
 the plan (its layout: ``csrc/coupling/coupling.h``).
 
-Precision: ``"highest"`` computes in the tensors' own dtype; ``"high"`` is the same on a CPU;
-``"medium"`` multiplies bfloat16 numbers and sums in float32, on processors that can (AVX512-BF16);
-elsewhere it is ``"highest"``.
+Precision: ``"highest"`` computes in the tensors' own dtype (on CUDA: float32 products as three of
+tf32 halves); ``"high"`` is the same on a CPU, tf32 products on CUDA; ``"medium"`` multiplies
+bfloat16 numbers and sums in float32, on CUDA and on processors that can (AVX512-BF16), and is
+``"highest"`` on others.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -19,15 +19,23 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
-from fasthyp.ops._coupling_steps import FoldedCoupling, fold
+from fasthyp.ops import coupling_cuda
+from fasthyp.ops._coupling_steps import (
+    ACTIVATIONS,
+    CLAMPS,
+    KINDS,
+    FoldedCoupling,
+    FoldedLinear,
+    FoldedStep,
+    double_bits,
+    fold,
+)
 from fasthyp.ops._library import address, contiguous, define, signed
 from fasthyp.reference.coupling import Layer
 
 PRECISIONS = ("highest", "high", "medium")
 
 _ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-_ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-_CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
 
 
 def operand_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
@@ -42,15 +50,21 @@ def operand_dtype(precision: str, dtype: torch.dtype) -> torch.dtype:
 
 
 class PackedFlow:
-    """A flow's weights and structure in the form that the CPU kernels read.
+    """A flow's weights and structure in the form that the kernels of its device read.
 
     A snapshot: later changes of the weights do not reach it.
 
     Args:
-        layers: the couplings in forward order; plain MLP subnets and known clamps only.
+        layers: couplings and linear layers in forward order; their subnets must be
+            :class:`~fasthyp.reference.coupling.Net`, their clamps known.
         output_index: ``z[k] = state[output_index[k]]`` (D numbers).
         dim: D. cond_dim: C, 0 for none.
-        precision: see the module's text. dtype: of inputs and outputs, float32 or float64.
+        precision: see the module's text.
+        dtype: of inputs and outputs, float32 or float64; float32 on CUDA.
+        device: where the flow runs.
+
+    Raises:
+        UnsupportedOnCuda: the CUDA kernels do not run such a flow.
     """
 
     def __init__(
@@ -61,35 +75,20 @@ class PackedFlow:
         cond_dim: int,
         precision: str = "highest",
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.dim, self.cond_dim, self.dtype = dim, cond_dim, dtype
-        self.operand_dtype = operand_dtype(precision, dtype)
-        self.simd_level = _C.simd_level()
-        element = _ELEMENTS[self.operand_dtype]
+        self.dim, self.cond_dim, self.dtype, self.precision = dim, cond_dim, dtype, precision
+        self.device = torch.device(device)
+        operands = operand_dtype(precision, dtype)
         steps = fold(layers, dim, cond_dim, dtype)
-        numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(steps), *output_index]
-        for step in steps:
-            assert isinstance(step, FoldedCoupling)
-            (net,) = step.nets
-            numbers += [
-                *(len(step.active), len(step.passive), int(net.layers[0].cond_weight is not None)),
-                *(len(net.layers), _ACTIVATIONS[net.activation]),
-                *(_CLAMPS[step.clamp_activation], _bits(net.negative_slope), _bits(step.clamp)),
-                *(*step.active, *step.passive, *(len(layer.bias) for layer in net.layers)),
-            ]
-        self.plan = torch.tensor(numbers, dtype=torch.int64)
-        self.packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
-        for i, step in enumerate(steps):
-            assert isinstance(step, FoldedCoupling)
-            for j, layer in enumerate(step.nets[0].layers):
-                weight = layer.weight
-                if layer.cond_weight is not None:
-                    weight = torch.cat([weight, layer.cond_weight], 1)
-                columns = [] if layer.cond_weight is None else list(range(cond_dim))
-                _C.coupling_pack(
-                    *(self.plan.data_ptr(), len(self.plan), i, j, weight.data_ptr()),
-                    *(layer.bias.data_ptr(), columns, self.packed.data_ptr()),
-                )
+        if self.device.type == "cuda":
+            if dtype != torch.float32:
+                raise TypeError(f"dtype: expected torch.float32 on CUDA, got {dtype}")
+            self.plan, self.packed = coupling_cuda.pack(
+                steps, output_index, dim, cond_dim, precision, self.device
+            )
+        else:
+            self.plan, self.packed = _pack_cpu(steps, output_index, dim, cond_dim, operands, dtype)
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
@@ -124,6 +123,59 @@ class PackedFlow:
         )
 
 
+def _pack_cpu(
+    steps: Sequence[FoldedStep],
+    output_index: Sequence[int],
+    dim: int,
+    cond_dim: int,
+    operands: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The plan (int64) and the packed weights (uint8)."""
+    element = _ELEMENTS[operands]
+    numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(steps), *output_index]
+    tensors: list[Tensor] = []
+    for step in steps:
+        if isinstance(step, FoldedCoupling):
+            _describe_coupling(step, numbers, tensors)
+        else:
+            _describe_linear(step, numbers, tensors)
+    tensors = [tensor.to("cpu", dtype).contiguous() for tensor in tensors]
+    plan = torch.tensor(numbers, dtype=torch.int64)
+    packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
+    _C.coupling_pack(
+        *(plan.data_ptr(), len(plan)),
+        [(tensor.data_ptr(), tensor.numel()) for tensor in tensors],
+        *(packed.data_ptr(), packed.numel()),
+    )
+    return plan, packed
+
+
+def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[Tensor]) -> None:
+    """Appends what the plan says of a coupling, and its weights in the order of the packed form."""
+    numbers += [
+        *(0, len(step.active), len(step.passive), KINDS[step.kind]),
+        *(CLAMPS[step.clamp_activation], double_bits(step.clamp), len(step.nets)),
+        *(*step.active, *step.passive),
+    ]
+    for net in step.nets:
+        numbers += [len(net.layers), ACTIVATIONS[net.activation], double_bits(net.negative_slope)]
+        for layer in net.layers:
+            parts = (layer.cond_weight, layer.gate, layer.add, layer.keep, layer.norm)
+            numbers.append(len(layer.bias))
+            numbers += [int(part is not None and part is not False) for part in parts]
+            numbers.append(int(layer.activate))
+            tensors.append(layer.weight)
+            if layer.cond_weight is not None:
+                tensors.append(layer.cond_weight)
+            tensors += [layer.bias, *(layer.gate or ()), *(layer.norm or ())]
+
+
+def _describe_linear(step: FoldedLinear, numbers: list[int], tensors: list[Tensor]) -> None:
+    numbers += [1, int(step.diagonal), double_bits(float(step.log_det))]
+    tensors += [step.weight, step.shift, step.inverse_weight, step.inverse_shift]
+
+
 def affine_coupling(
     state: Tensor,
     raw: Tensor,
@@ -136,7 +188,7 @@ def affine_coupling(
 
     ``raw = [s | t]``; ``x_a exp(clamp f(s)) + t``, or its inverse, on the slots ``active``.
     """
-    return coupling_affine(state, raw, list(active), clamp, _CLAMPS[clamp_activation], inverse)
+    return coupling_affine(state, raw, list(active), clamp, CLAMPS[clamp_activation], inverse)
 
 
 def philox_normal(
@@ -160,11 +212,6 @@ def philox_normal(
 
 
 # --- ops ---
-
-
-def _bits(value: float) -> int:
-    """A double as the integer with the same bits."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _check(
@@ -337,12 +384,14 @@ coupling_flow = define(
     "coupling_flow(Tensor x, Tensor? cond, Tensor packed, Tensor plan, bool inverse)"
     " -> (Tensor, Tensor)",
     cpu=_flow_cpu,
+    cuda=coupling_cuda.flow if _C.cuda_archs is not None else None,
     fake=_flow_fake,
 )
 coupling_sample = define(
     "coupling_sample(Tensor? cond, Tensor? fixed, Tensor packed, Tensor plan, int batch,"
     " int num_samples, int seed, int image_offset, bool include_mode) -> (Tensor, Tensor)",
     cpu=_sample_cpu,
+    cuda=coupling_cuda.sample if _C.cuda_archs is not None else None,
     fake=_sample_fake,
 )
 coupling_affine = define(

@@ -1,5 +1,7 @@
-"""Packs a coupling flow for the CUDA kernels: weights in the order in which warps read them, and the
-list of launches that run the flow in each direction (``csrc/coupling/cuda.h``).
+"""Coupling flows on CUDA: packing, and what the ops of :mod:`fasthyp.ops.coupling` run there.
+
+A flow is packed as weights in the order in which warps read them, and the list of launches that run
+it in each direction (``csrc/coupling/cuda.h``).
 
 Weights lie in units: 16 outputs by one k-step of 16 (bfloat16) or 8 (float32) inputs, as the tensor
 cores' operands, 16 bytes for each lane of a warp. Everything here works on the weights' own device.
@@ -15,30 +17,39 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fasthyp import _C
 from fasthyp.ops._coupling_steps import (
+    ACTIVATIONS,
+    CLAMPS,
+    KINDS,
     FoldedCoupling,
     FoldedDense,
     FoldedLinear,
     FoldedNet,
     FoldedStep,
+    double_bits,
 )
+from fasthyp.ops._library import address, contiguous, current_stream
 
 PRECISIONS = {"highest": 0, "high": 1, "medium": 2}
 """Products of float32 numbers as three of tf32 halves; of tf32 numbers; of bfloat16 numbers."""
 
-ACTIVATIONS = {"relu": 0, "leaky_relu": 1, "silu": 2, "tanh": 3, "gelu": 4, "gelu_tanh": 5}
-CLAMPS = {"none": 0, "atan": 1, "tanh": 2, "sigmoid": 3, "atan_scaled": 4, "tanh_scaled": 5}
-_MODES = {"affine": 0, "additive": 1, "gin": 2}
 _FUSED, _HEAD, _TAIL, _SINGLE = range(4)
 _OP = (
     *("kind", "form", "slots", "count", "steps", "blocks", "hoisted", "weight", "bias", "columns"),
     *("raw", "shift", "hidden", "kept", "norm", "activation", "slope", "mode"),
     *("clamp_kind", "clamp"),
 )
-_KINDS = {"net": 0, "couple": 1, "linear": 2}
+_OPERATIONS = {"net": 0, "couple": 1, "linear": 2}
 _COLUMNS = 48  # outputs of a last layer that a warp holds at a time
 _UNIT_BYTES = 512
 _ALIGN = 64
+_SCRATCH_BYTES = 256 << 20
+"""Memory for what a round of rows needs between launches; more rows go in several rounds."""
+
+
+class UnsupportedOnCuda(ValueError):
+    """A flow that the CUDA kernels do not run; the message says why."""
 
 
 def pack(
@@ -52,9 +63,15 @@ def pack(
     """The plan (int64, on the CPU) and the packed weights (uint8, on ``device``).
 
     Raises:
-        ValueError: a subnet is of a form that the kernels do not have.
+        UnsupportedOnCuda: a subnet is of a form that the kernels do not have, or the flow too wide
+            for the device's shared memory.
     """
-    return _Packer(dim, cond_dim, PRECISIONS[precision], device).pack(steps, output_index)
+    plan, packed = _Packer(dim, cond_dim, PRECISIONS[precision], device).pack(steps, output_index)
+    if device.type == "cuda" and not _C.coupling_cuda_fits(
+        plan.data_ptr(), len(plan), packed.device.index
+    ):
+        raise UnsupportedOnCuda(f"a flow of {dim} dims needs more shared memory than {device} has")
+    return plan, packed
 
 
 def _up(n: int, to: int) -> int:
@@ -63,10 +80,6 @@ def _up(n: int, to: int) -> int:
 
 def _float_bits(value: float) -> int:
     return struct.unpack("<i", struct.pack("<f", value))[0]
-
-
-def _double_bits(value: float) -> int:
-    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @dataclass
@@ -102,7 +115,9 @@ class _Packer:
         self.buffers = self.kept_buffers = 0
         self.units = 1
 
-    def pack(self, steps: Sequence[FoldedStep], output_index: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def pack(
+        self, steps: Sequence[FoldedStep], output_index: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
         nets = {
             id(net): self.net(net, len(step.passive))
             for step in steps
@@ -118,7 +133,8 @@ class _Packer:
             *(self.bytes, self.dim, self.cond_dim, _up(self.cond_dim, 4), self.precision),
             *(self.hoisted, weight, bias, self.hidden, self.buffers, self.kept_buffers),
             *(self.raw, self.steps, self.units),
-            *(int(any(not step.diagonal for step in linears)), output, _double_bits(log_det)),
+            *(int(any(not step.diagonal for step in linears)), output, _SCRATCH_BYTES),
+            double_bits(log_det),
         ]
         for direction in launches:
             numbers += [len(direction), *(n for launch in direction for n in launch)]
@@ -140,7 +156,7 @@ class _Packer:
         return self.add(torch.cat([pad(v.float(), (0, _up(len(v), to) - len(v))) for v in vectors]))
 
     def as_units(self, weight: Tensor, outputs: int, inputs: int, precision: int) -> Tensor:
-        """A weight padded to (outputs, inputs), multiples of 16, as (outputs / 16, k-steps, unit)."""
+        """A weight padded to multiples of 16, as (outputs / 16, k-steps, bytes of a unit)."""
         w = pad(weight.float(), (0, inputs - weight.shape[1], 0, outputs - weight.shape[0]))
         # outputs: 16, B tile, lane / 4; inputs: 16, half, lane % 4, the two of a lane
         w = w.reshape(outputs // 16, 2, 8, inputs // 16, 2, 4, 2)
@@ -157,7 +173,7 @@ class _Packer:
     def net(self, net: FoldedNet, passive: int) -> _Net:
         first, last = net.layers[0], net.layers[-1]
         if last.gate or last.add or last.keep or last.norm or last.activate or first.gate:
-            raise ValueError("its subnet ends or begins in a way that the CUDA kernels do not know")
+            raise UnsupportedOnCuda("a subnet ends or begins in a way that the kernels do not know")
         outputs = len(last.bias)
         reads_cond = first.cond_weight is not None
         slope, activation = _float_bits(net.negative_slope), ACTIVATIONS[net.activation]
@@ -168,9 +184,7 @@ class _Packer:
             self.steps = max(self.steps, steps)
             weight = self.last_layer(first.weight, inputs)
             bias = self.floats(first.bias)
-            return _Net(
-                *(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope)
-            )
+            return _Net(*(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope))
         steps = -(-passive * self.k_steps // 16)
         self.steps = max(self.steps, _up(steps, self.k_steps))
         hoisted = self.hoist_layer(first)
@@ -324,7 +338,7 @@ class _Operations:
         return at
 
     def _add(self, kind: str, **fields: int) -> None:
-        self.records.append({"kind": _KINDS[kind], **fields})
+        self.records.append({"kind": _OPERATIONS[kind], **fields})
 
     def net(
         self, net: _Net, passive: Sequence[int], raw: int = 0, hidden: int = 0, kept: int = -1
@@ -365,10 +379,122 @@ class _Operations:
             slots=self._slots(step.active),
             count=len(step.active),
             shift=shift,
-            mode=_MODES[step.kind],
+            mode=KINDS[step.kind],
             clamp_kind=CLAMPS[step.clamp_activation],
             clamp=_float_bits(step.clamp),
         )
 
     def linear(self, weight: int, shift: int, diagonal: bool) -> None:
         self._add("linear", weight=weight // 16, bias=shift // 16, mode=int(diagonal))
+
+
+# --- ops ---
+
+
+def flow(
+    x: Tensor, cond: Tensor | None, packed: Tensor, plan: Tensor, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """x (B, M, D), cond (B, C) -> out (B, M, D), log-Jacobian (B, M)."""
+    dim = _check(plan, packed)
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
+    _check_float("x", x, packed)
+    _check_cond(plan, packed, cond, x.shape[0])
+    if cond is not None and x.shape[1] == 1 and x.shape[0] > 1 and cond.stride(0) == 0:
+        # one condition expanded over all rows is one image
+        flat, log_det = flow(x.transpose(0, 1), cond[:1], packed, plan, inverse)
+        return flat.transpose(0, 1).contiguous(), log_det.transpose(0, 1).contiguous()
+    return _run(plan, packed, inverse, x, cond, x.new_empty(x.shape))
+
+
+def sample(
+    cond: Tensor | None,
+    fixed: Tensor | None,
+    packed: Tensor,
+    plan: Tensor,
+    batch: int,
+    num_samples: int,
+    seed: int,
+    image_offset: int,
+    include_mode: bool,
+) -> tuple[Tensor, Tensor]:
+    """Draws latents and inverts them: x (B, M, D), log-density (B, M)."""
+    dim = _check(plan, packed)
+    _check_cond(plan, packed, cond, batch)
+    if fixed is not None:
+        _check_float("fixed", fixed, packed)
+        if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
+            raise ValueError(
+                f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
+            )
+    out = torch.empty(batch, num_samples, dim, device=packed.device)
+    return _run(
+        *(plan, packed, True, None, cond, out),
+        seed=seed,
+        image_offset=image_offset,
+        fixed=fixed,
+        include_mode=include_mode,
+    )
+
+
+def _check(plan: Tensor, packed: Tensor) -> int:
+    """D, if these can be a plan and packed weights."""
+    if (
+        plan.device.type != "cpu"
+        or plan.dtype != torch.int64
+        or plan.dim() != 1
+        or not plan.is_contiguous()
+        or len(plan) < 4
+    ):
+        raise ValueError("plan: expected a contiguous one-dimensional int64 tensor on the CPU")
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % _ALIGN:
+        raise ValueError(f"packed: expected a contiguous, {_ALIGN}-byte aligned uint8 tensor")
+    return int(plan[1])
+
+
+def _check_float(name: str, tensor: Tensor, packed: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: expected dtype torch.float32 on CUDA, got {tensor.dtype}")
+    if tensor.device != packed.device:
+        raise ValueError(
+            f"{name}: expected on {packed.device}, as the flow, got it on {tensor.device}"
+        )
+
+
+def _check_cond(plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int) -> None:
+    cond_dim = int(plan[2])
+    got = None if cond is None else tuple(cond.shape)
+    if got != ((batch, cond_dim) if cond_dim or cond is not None else None):
+        raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got {got}")
+    if cond is not None:
+        _check_float("cond", cond, packed)
+
+
+def _run(
+    plan: Tensor,
+    packed: Tensor,
+    inverse: bool,
+    x: Tensor | None,
+    cond: Tensor | None,
+    out: Tensor,
+    seed: int = 0,
+    image_offset: int = 0,
+    fixed: Tensor | None = None,
+    include_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    out = out.contiguous()
+    log_det = out.new_empty(out.shape[:2])
+    if cond is not None and cond.shape[1] % 4:  # rows are copied 16 bytes at a time
+        cond = pad(cond, (0, -cond.shape[1] % 4))
+    x, cond, fixed = contiguous(x), contiguous(cond), contiguous(fixed)
+    batch, samples, _ = out.shape
+    size = _C.coupling_cuda_workspace(plan.data_ptr(), len(plan), batch, samples)
+    workspace = torch.empty(size, dtype=torch.uint8, device=out.device)
+    device = out.device.index
+    _C.coupling_cuda_run(
+        *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse, batch, samples),
+        *(address(x), address(cond), out.data_ptr(), log_det.data_ptr()),
+        *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(fixed)),
+        *(0 if fixed is None else fixed.shape[1], include_mode, device, current_stream(device)),
+    )
+    return out, log_det
