@@ -250,7 +250,9 @@ def blobs(count: int, height: int, width: int) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (33, 17), (13, 40), (5, 31), (40, 6), (1, 65)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (33, 17), (13, 40), (5, 31), (40, 6), (1, 65), (48, 48)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gaussian_fit_matches_cpu(
     gaussian_fit: Path, tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype
@@ -286,8 +288,12 @@ def test_gaussian_fit_of_bad_maps(gaussian_fit: Path, tmp_path: Path) -> None:
     assert_same(fit_emulated(gaussian_fit, tmp_path, maps), cpu, 1e-5)
 
 
-def test_gaussian_fit_of_a_map_beyond_shared_memory(gaussian_fit: Path, tmp_path: Path) -> None:
-    maps = blobs(1, 120, 70)
+@pytest.mark.parametrize("shape", [(120, 70), (190, 170)])
+def test_gaussian_fit_of_large_maps(
+    gaussian_fit: Path, tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """Beyond the shared memory that every launch has, and beyond all that there is."""
+    maps = blobs(1, *shape)
     cpu = fasthyp.fit_gaussians(maps)
     assert_same(fit_emulated(gaussian_fit, tmp_path, maps), cpu, 1e-9)
 
