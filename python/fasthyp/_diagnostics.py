@@ -119,13 +119,13 @@ def doctor() -> list[Check]:
     for level in _C.simd_levels():
         with_level = f"FASTHYP_SIMD set to a lower level than {level} avoids it; {_REBUILD}"
         ops = {
-            "coupling float32": lambda: _check_coupling("highest", torch.float32, 1e-4),
-            "coupling float64": lambda: _check_coupling("highest", torch.float64, 1e-11),
+            "coupling float32": partial(_check_coupling, "highest", torch.float32, 1e-4),
+            "coupling float64": partial(_check_coupling, "highest", torch.float64, 1e-11),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),
             "heatmaps": lambda: _check_samples("cpu"),
         }
         if level.endswith("bf16"):
-            ops["coupling bfloat16"] = lambda: _check_coupling("medium", torch.float32, 0.05)
+            ops["coupling bfloat16"] = partial(_check_coupling, "medium", torch.float32, 0.05)
         for name, check in ops.items():
             checks.append((f"{name}, {level}", _at_level(level, check), with_level))
     checks.append(("CUDA", _check_cuda, "install a PyTorch for your driver, see pytorch.org"))
@@ -133,6 +133,9 @@ def doctor() -> list[Check]:
         for i in range(torch.cuda.device_count()):
             remedy = f"rebuild with FASTHYP_CUDA_ARCHS that fit {torch.cuda.get_device_name(i)}"
             for name, on_device in (
+                ("coupling float32", partial(_check_coupling, "highest", torch.float32, 1e-4)),
+                ("coupling tf32", partial(_check_coupling, "high", torch.float32, 0.01)),
+                ("coupling bfloat16", partial(_check_coupling, "medium", torch.float32, 0.05)),
                 ("gaussian_fit", _check_gaussian_fit),
                 ("heatmaps", _check_samples),
             ):
@@ -189,12 +192,14 @@ def _check_philox() -> str:
     return _compare({"normal numbers": (philox_normal(2, 9, 7, 5), reference(2, 9, 7, 5))}, 1e-5)
 
 
-def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str:
+def _check_coupling(
+    precision: str, dtype: torch.dtype, tolerance: float, device: str = "cpu"
+) -> str:
     from fasthyp.ops.coupling import PackedFlow
     from fasthyp.reference import coupling as reference
 
     layers, output_index, dim, cond_dim = _small_flow()
-    packed = PackedFlow(layers, output_index, dim, cond_dim, precision, dtype)
+    packed = PackedFlow(layers, output_index, dim, cond_dim, precision, dtype, device)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 21, dim, generator=generator, dtype=torch.float64)
     cond = torch.randn(3, cond_dim, generator=generator, dtype=torch.float64)
@@ -202,8 +207,10 @@ def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str
     forward = reference.flow_forward(layers, output_index, x.double(), cond.double())
     noise = reference.philox_normal(3, 21, dim, 7).double()
     inverse = reference.flow_inverse(layers, output_index, noise, cond.double())
-    got_forward, got_inverse = packed.forward(x, cond), packed.inverse(noise.to(dtype), cond)
-    _compare({"samples": (packed.sample(cond, 21, 7)[0], inverse[0])}, max(tolerance, 1e-5))
+    there = cond.to(device)
+    got_forward = packed.forward(x.to(device), there)
+    got_inverse = packed.inverse(noise.to(device, dtype), there)
+    _compare({"samples": (packed.sample(there, 21, 7)[0], inverse[0])}, max(tolerance, 1e-5))
     return _compare(
         {
             "forward": (got_forward[0], forward[0]),
@@ -312,7 +319,7 @@ def _compare(pairs: dict[str, tuple[Tensor, Tensor]], tolerance: float) -> str:
     worst = 0.0
     for name, (got, expected) in pairs.items():
         scale = float(expected.abs().max().clamp_min(1e-6))
-        error = float((got.double() - expected.double()).abs().max()) / scale
+        error = float((got.cpu().double() - expected.double()).abs().max()) / scale
         if not error <= tolerance:
             raise _Wrong(f"{name} off by {error:.1e} of the largest, allowed {tolerance:.0e}")
         worst = max(worst, error)
