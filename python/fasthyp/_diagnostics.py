@@ -118,7 +118,7 @@ def doctor() -> list[Check]:
     ]
     for level in _C.simd_levels():
         with_level = f"FASTHYP_SIMD set to a lower level than {level} avoids it; {_REBUILD}"
-        ops = {
+        ops: dict[str, Callable[[], str]] = {
             "coupling float32": partial(_check_coupling, "highest", torch.float32, 1e-4),
             "coupling float64": partial(_check_coupling, "highest", torch.float64, 1e-11),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),

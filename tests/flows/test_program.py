@@ -22,7 +22,7 @@ from fasthyp.flows import (
     UnsupportedFlow,
 )
 from fasthyp.ops import coupling as ops
-from fasthyp.ops.coupling_cuda import UnsupportedOnCuda
+from fasthyp.ops._coupling_cuda import UnsupportedOnCuda
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fasthyp
 from fasthyp import _C
+from fasthyp.ops import _coupling_cuda as coupling_cuda
 from fasthyp.ops import coupling as ops
-from fasthyp.ops import coupling_cuda
 from fasthyp.ops._coupling_steps import fold
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import KINDS, Layer, Net

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasthyp.ops import coupling_cuda
+from fasthyp.ops import _coupling_cuda as coupling_cuda
 from fasthyp.ops._coupling_steps import fold
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, KINDS, Layer

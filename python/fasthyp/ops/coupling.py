@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
-from fasthyp.ops import coupling_cuda
+from fasthyp.ops import _coupling_cuda as coupling_cuda
 from fasthyp.ops._coupling_steps import (
     ACTIVATIONS,
     CLAMPS,
