@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fasthyp
 from fasthyp import _C
-from fasthyp.ops import _coupling_cuda as coupling_cuda
+from fasthyp.ops import _coupling_cuda
 from fasthyp.ops import coupling as ops
 from fasthyp.ops._coupling_steps import fold
 from fasthyp.reference import coupling as reference
@@ -36,7 +36,7 @@ TOLERANCES = {"high": 5e-3, "medium": 5e-2}
 def pack(layers: Sequence[Layer], index: Sequence[int], dim: int, cond_dim: int) -> Tensor:
     """The plan of a flow, packed on the CPU."""
     steps = fold(layers, dim, cond_dim, torch.float32)
-    return coupling_cuda.pack(steps, index, dim, cond_dim, "high", torch.device("cpu"))[0]
+    return _coupling_cuda.pack(steps, index, dim, cond_dim, "high", torch.device("cpu"))[0]
 
 
 def workspace(plan: Tensor, images: int, per_image: int) -> int:
@@ -51,7 +51,7 @@ def test_subnets_that_the_kernels_do_not_have() -> None:
     (net,) = layer.nets
     ends = Net((*net.layers[:-1], type(net.layers[-1])(net.layers[-1].weight, activate=True)))
     changed = type(layer)(layer.active, layer.passive, layer.cond, (ends,))
-    with pytest.raises(coupling_cuda.UnsupportedOnCuda, match="a subnet ends"):
+    with pytest.raises(_coupling_cuda.UnsupportedOnCuda, match="a subnet ends"):
         pack([changed], index, 9, 4)
 
 
@@ -69,7 +69,7 @@ def test_flows_of_two_layer_subnets_are_one_launch() -> None:
 def test_workspace_is_bounded() -> None:
     plan = pack(*random_layers(24, 56, depth=3, hidden=512, count=2), 24, 56)
     assert workspace(plan, 0, 5) == workspace(plan, 5, 0) == 0
-    most = coupling_cuda._SCRATCH_BYTES + (1 << 20)
+    most = _coupling_cuda._SCRATCH_BYTES + (1 << 20)
     for images, per_image in ((1, 10**9), (10**9, 1), (10**6, 10**6)):
         assert 0 < workspace(plan, images, per_image) < most
 
@@ -287,7 +287,7 @@ def test_cuda_bad_input(
 @needs_gpu
 def test_cuda_flow_too_wide_is_refused() -> None:
     layers, index = random_layers(4000, 0, hidden=8, count=1, dtype=torch.float32)
-    with pytest.raises(coupling_cuda.UnsupportedOnCuda, match="shared memory"):
+    with pytest.raises(_coupling_cuda.UnsupportedOnCuda, match="shared memory"):
         packed(on("cuda", layers), index, 4000, 0, "high")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasthyp.ops import _coupling_cuda as coupling_cuda
+from fasthyp.ops import _coupling_cuda
 from fasthyp.ops._coupling_steps import fold
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, KINDS, Layer
@@ -56,7 +56,7 @@ class Emulated:
         self.program, self.files = program, files
         self.dim, self.cond_dim = dim, cond_dim
         steps = fold(layers, dim, cond_dim, torch.float32)
-        self.plan, self.packed = coupling_cuda.pack(
+        self.plan, self.packed = _coupling_cuda.pack(
             steps, index, dim, cond_dim, precision, torch.device("cpu")
         )
 
@@ -235,7 +235,7 @@ def test_rounds_of_rows(program: Path, tmp_path: Path, monkeypatch: pytest.Monke
     layers, index = random_layers(6, 3, depth=3, count=2)
     x, cond = random_inputs(7, 31, 6, 3)
     check(program, tmp_path, layers, index, x, cond, ("highest",))
-    monkeypatch.setattr(coupling_cuda, "_SCRATCH_BYTES", 0)
+    monkeypatch.setattr(_coupling_cuda, "_SCRATCH_BYTES", 0)
     check(program, tmp_path, layers, index, x, cond, ("highest",))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
-from fasthyp.ops import _coupling_cuda as coupling_cuda
+from fasthyp.ops import _coupling_cuda
 from fasthyp.ops._coupling_steps import (
     ACTIVATIONS,
     CLAMPS,
@@ -84,7 +84,7 @@ class PackedFlow:
         if self.device.type == "cuda":
             if dtype != torch.float32:
                 raise TypeError(f"dtype: expected torch.float32 on CUDA, got {dtype}")
-            self.plan, self.packed = coupling_cuda.pack(
+            self.plan, self.packed = _coupling_cuda.pack(
                 steps, output_index, dim, cond_dim, precision, self.device
             )
         else:
@@ -310,7 +310,7 @@ def _sample_cpu(
                 f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
             )
     if counter is not None:
-        coupling_cuda.check_counter(counter)
+        _coupling_cuda.check_counter(counter)
         seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
     out = torch.empty(batch, num_samples, dim, dtype=dtype)
     return _run(
@@ -391,7 +391,7 @@ coupling_flow = define(
     "coupling_flow(Tensor x, Tensor? cond, Tensor packed, Tensor plan, bool inverse)"
     " -> (Tensor, Tensor)",
     cpu=_flow_cpu,
-    cuda=coupling_cuda.flow if _C.cuda_archs is not None else None,
+    cuda=_coupling_cuda.flow if _C.cuda_archs is not None else None,
     fake=_flow_fake,
 )
 coupling_sample = define(
@@ -399,7 +399,7 @@ coupling_sample = define(
     " int num_samples, int seed, int image_offset, bool include_mode, Tensor? counter)"
     " -> (Tensor, Tensor)",
     cpu=_sample_cpu,
-    cuda=coupling_cuda.sample if _C.cuda_archs is not None else None,
+    cuda=_coupling_cuda.sample if _C.cuda_archs is not None else None,
     fake=_sample_fake,
 )
 coupling_affine = define(
