@@ -141,12 +141,12 @@ class HypothesisSampler:
         inputs = (conditions, fixed, z)
         given = [tensor for tensor in inputs if tensor is not None] or [like.detach()]
         with torch.no_grad():
-            x, *log_prob = self._graphs(
+            results = self._graphs(
                 *(draw, inputs, noise, like.device),
                 key=(num_samples, include_mode, return_log_prob),
                 version=partial(executor.whole, plan, given),
             )
-        return (x, *log_prob) if return_log_prob else x
+        return (results[0], results[1]) if return_log_prob else results[0]
 
     def _eval_mode(self) -> tuple[FlowExecutor, Plan]:
         """The flow as it is in eval mode."""
