@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.flows.freia_master import MasterAllInOneBlock
+from tests.replays import replays  # noqa: F401
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import FrEIA.framework as ff
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import fasthyp.flows as flows
+from fasthyp import _C
 from fasthyp.reference.coupling import philox_normal, standard_normal_log_prob
-from fasthyp.sampling import HypothesisSampler
+from fasthyp.sampling import HypothesisSampler, SamplerCache
 from tests.conftest import max_error, random_flow
+from tests.replays import Replays
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +247,213 @@ def test_a_program(net: Any, cond: Tensor) -> None:
     assert torch.equal(HypothesisSampler(program)(cond, 5, seed=5), want)
 
 
+def test_a_function_that_makes_a_program(net: Any, cond: Tensor) -> None:
+    sampler = HypothesisSampler(lambda: flows.describe(net))
+    assert torch.equal(sampler(cond, 5, seed=5), HypothesisSampler(net)(cond, 5, seed=5))
+
+
+def test_one_sampler_per_precision(net: Any) -> None:
+    samplers = SamplerCache()
+    first = samplers.get(net, "high")
+    assert samplers.get(net, "high") is first
+    assert samplers.get(net, "highest") is not first
+    other = random_flow(9, (4,))
+    assert samplers.get(other, "high").flow is other
+    for twin in (copy.deepcopy(samplers), pickle.loads(pickle.dumps(samplers))):
+        assert not twin._samplers
+
+
+# --- captured calls: on a CPU with a stand-in for the capture ---------------------------------
+
+
+def calls(cond: Tensor) -> list[dict[str, Any]]:
+    """Arguments of every kind of call."""
+    fixed, z = torch.randn(3, 2).to(cond.device), torch.randn(3, 7, 9).to(cond.device)
+    return [
+        {"num_samples": 7},
+        {"num_samples": 7, "return_log_prob": True},
+        {"num_samples": 7, "include_mode": True, "return_log_prob": True},
+        {"num_samples": 7, "fixed": fixed, "include_mode": True},
+        {"z": z, "return_log_prob": True},
+        {"z": z[..., :7].contiguous(), "fixed": fixed},
+    ]
+
+
+def seeded(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
+    return arguments if "z" in arguments else {**arguments, "seed": seed, "image_offset": seed}
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(map(torch.equal, a, b)) if isinstance(a, tuple) else torch.equal(a, b)
+
+
+def test_replays_are_plain_calls(net: Any, cond: Tensor, replays: type[Replays]) -> None:
+    sampler, plain = HypothesisSampler(net), HypothesisSampler(net, graph=False)
+    kinds = calls(cond)
+    for arguments in kinds:
+        for seed in (1, 2, 3):
+            given = seeded(arguments, seed)
+            conds = cond + seed
+            assert same(sampler(conds, **given), plain(conds, **given)), (seed, list(arguments))
+    assert [graph.replays for graph in replays.made] == [2] * len(kinds)
+
+
+def test_replays_without_condition(replays: type[Replays]) -> None:
+    net = random_flow(9)
+    sampler, plain = HypothesisSampler(net, graph=True), HypothesisSampler(net, graph=False)
+    for seed in (1, 2):
+        assert torch.equal(sampler(num_samples=4, seed=seed), plain(num_samples=4, seed=seed))
+    assert len(replays.made) == 1
+
+
+def test_replays_notice_new_weights(net: Any, cond: Tensor, replays: type[Replays]) -> None:
+    sampler = HypothesisSampler(net, graph=True)
+    before = sampler(cond, 5, seed=5)
+    with torch.no_grad():
+        net.module_list[0].subnet1[2].bias.add_(1)
+    after = sampler(cond, 5, seed=5)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, HypothesisSampler(net, graph=False)(cond, 5, seed=5))
+    assert len(replays.made) == 2
+
+
+def test_parts_that_are_not_fused_are_not_captured(cond: Tensor, replays: type[Replays]) -> None:
+    net = random_flow(9, (4,), clamp_activation=lambda u: u / (1 + u.abs()))
+    sampler = HypothesisSampler(net)
+    for _ in range(3):
+        sampler(cond, 5)
+    assert not replays.made
+    with pytest.raises(ValueError, match=r"graph: True, but .* not every subnet"):
+        HypothesisSampler(net, graph=True)(cond, 5)
+
+
+def test_graph_needs_a_gpu(net: Any, cond: Tensor) -> None:
+    with pytest.raises(ValueError, match="graph: True needs a CUDA device, got cpu"):
+        HypothesisSampler(net, graph=True)(cond, 5)
+    with pytest.raises(ValueError, match="graph: expected"):
+        HypothesisSampler(net, graph="always")
+
+
+# --- captured calls: on a GPU -----------------------------------------------------------------
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or _C.cuda_archs is None,
+    reason="needs a CUDA device and a build with CUDA kernels",
+)
+
+
+@pytest.fixture
+def no_sync() -> Iterator[Callable[[], None]]:
+    """From the call on, waiting for the device is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_cuda_graphs_are_plain_calls(
+    net: Any, cond: Tensor, precision: str, no_sync: Callable[[], None]
+) -> None:
+    net, cond = net.cuda(), cond.cuda()
+    sampler = HypothesisSampler(net, precision)
+    plain = HypothesisSampler(net, precision, graph=False)
+    kinds = calls(cond)
+    for arguments in kinds:
+        for sample in (sampler, sampler, plain):  # prepares, captures
+            sample(cond, **seeded(arguments, 0))
+    assert sum(captured is not None for captured in sampler._graphs._kinds.values()) == len(kinds)
+    conds = [cond + seed for seed in range(3)]
+    no_sync()
+    results = [
+        (sampler(conds[seed], **given), plain(conds[seed], **given))
+        for arguments in kinds
+        for seed in range(3)
+        for given in [seeded(arguments, seed)]
+    ]
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(same(*pair) for pair in results)
+    assert not torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_graph_at_once_and_new_weights(net: Any, cond: Tensor) -> None:
+    net, cond = net.cuda(), cond.cuda()
+    sampler = HypothesisSampler(net, graph=True)
+    before = sampler(cond, 5, seed=5)
+    assert torch.equal(before, HypothesisSampler(net, graph=False)(cond, 5, seed=5))
+    net.load_state_dict(random_flow(9, (4,)).state_dict())
+    after = sampler(cond, 5, seed=5)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, HypothesisSampler(net, graph=False)(cond, 5, seed=5))
+    odd = random_flow(9, (4,), clamp_activation=lambda u: u / (1 + u.abs())).cuda()
+    with pytest.raises(ValueError, match="graph: True, but"):
+        HypothesisSampler(odd, graph=True)(cond, 5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_graphs_on_streams(net: Any, cond: Tensor) -> None:
+    """One sampler on two streams in turn, and two samplers on two streams at once."""
+    net, cond = net.cuda(), cond.cuda()
+    plain = HypothesisSampler(net, graph=False)
+    conds = [cond + i for i in range(40)]
+    want = [plain(c, 2000, seed=i) for i, c in enumerate(conds)]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    samplers = [HypothesisSampler(net, graph=True) for _ in streams]
+    torch.cuda.synchronize()
+    for chosen in (samplers[:1] * 2, samplers):
+        got = []
+        for i, c in enumerate(conds):
+            with torch.cuda.stream(streams[i % 2]):
+                got.append(chosen[i % 2](c, 2000, seed=i))
+        torch.cuda.synchronize()
+        assert same(tuple(got), tuple(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_graphs_in_threads(net: Any, cond: Tensor) -> None:
+    net, cond = net.cuda(), cond.cuda()
+    plain, shared = HypothesisSampler(net, graph=False), HypothesisSampler(net)
+    want = [plain(cond, 500, seed=i) for i in range(64)]
+    torch.cuda.synchronize()
+
+    def draw(seed: int) -> Tensor:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            x = (shared if seed % 2 else HypothesisSampler(net, graph=True))(cond, 500, seed=seed)
+        stream.synchronize()
+        return x
+
+    with ThreadPoolExecutor(8) as pool:
+        assert same(tuple(pool.map(draw, range(64))), tuple(want))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_graph_of_the_caller(net: Any, cond: Tensor) -> None:
+    net, cond = net.cuda(), cond.cuda()
+    sampler = HypothesisSampler(net, graph=True)
+    want = sampler(cond, 5, seed=5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x = sampler(cond, 5, seed=5)
+    graph.replay()
+    assert torch.equal(x, want)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_hypotheses_are_the_cpus(net: Any, cond: Tensor) -> None:
+    want = HypothesisSampler(net, "highest")(cond, 1000, seed=5)
+    sampler = HypothesisSampler(net.cuda(), "highest")
+    for _ in range(3):
+        got = sampler(cond.cuda(), 1000, seed=5).cpu()
+        assert max_error(got, want) < 1e-4 * float(want.abs().max())
+
+
 # --- refused ----------------------------------------------------------------------------------
 
 
@@ -313,9 +523,9 @@ def test_two_conditions_are_checked_each() -> None:
             sampler(conds)
 
 
-@pytest.mark.parametrize("flow", [nn.Linear(2, 2), "flow", None])
+@pytest.mark.parametrize("flow", [nn.Linear(2, 2), "flow", None, dict])
 def test_not_a_flow(flow: Any) -> None:
-    with pytest.raises(TypeError, match="GraphINN"):
+    with pytest.raises(TypeError, match=r"GraphINN|FlowProgram"):
         HypothesisSampler(flow)
 
 

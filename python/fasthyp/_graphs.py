@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,7 @@ class GraphCache:
     """
 
     def __init__(self, graph: bool | str = "auto") -> None:
-        if graph not in (True, False, "auto"):
+        if not isinstance(graph, bool) and graph != "auto":
             raise ValueError(f'graph: expected "auto", True or False, got {graph!r}')
         self.graph = graph
         self._lock = threading.Lock()
@@ -150,9 +151,9 @@ class _Captured:
                     for t in inputs
                 ]
                 self.counter = torch.zeros(2, dtype=torch.int64, device=capture.device)
-                self.run = lambda: function(*self.inputs, Noise(counter=self.counter))
-                self.run()  # the first run sets up what a capture may not: kernels, libraries
-            self.graph, self.outputs = capture.record(self.run, beside)
+                run = partial(function, *self.inputs, Noise(counter=self.counter))
+                run()  # the first run sets up what a capture may not: kernels, libraries
+            self.graph, self.outputs = capture.record(run, beside)
         self.slots = self.counter.unbind()
 
     def __call__(self, inputs: Sequence[Tensor | None], noise: Noise) -> tuple[Tensor, ...]:

@@ -112,7 +112,10 @@ class PoseEstimator:
                 *(self._run, [heatmaps.detach()], Noise(resolve_seed(seed, None), image_offset)),
                 *(heatmaps.device, self.num_samples, self._version),
             )
-        return PoseEstimate(*results[:7], fit=GaussianFit(*results[7:]))
+        poses, log_prob, mode, mean, std, covariance, observed, *fit = results
+        return PoseEstimate(
+            *(poses, log_prob, mode, mean, std, covariance, observed), GaussianFit(*fit)
+        )
 
     def _run(self, heatmaps: Tensor, noise: Noise) -> tuple[Tensor, ...]:
         fit = self.fit(heatmaps)
@@ -123,9 +126,11 @@ class PoseEstimator:
 
     def _version(self) -> Any:
         model = self.model
+        others = stamp([model.feature_mean, model.feature_std, *model.condition_net.parameters()])
+        if others is None:
+            return "parameters made in inference mode do not tell when they change"
         whole = self._executor.whole(self._executor.current_plan(), [model.centre])
-        others = [model.feature_mean, model.feature_std, *model.condition_net.parameters()]
-        return whole if isinstance(whole, str) else (whole, stamp(others))
+        return whole if isinstance(whole, str) else (whole, others)
 
     # --- stages -----------------------------------------------------------------------------------
 
@@ -139,14 +144,12 @@ class PoseEstimator:
         """Condition (P, cond_dim) of Gaussians on a map of ``size`` (H, W), of which those not
         ``observed`` (P, 13) are replaced; NaN for a person of whom none is."""
         model = self.model
-        filled = [
-            values.to(model.centre.dtype) for values in _fill_unseen(gaussians, observed, size)
-        ]
+        filled = _fill_unseen(gaussians, observed, size)
         # A matrix product of another size may round otherwise. One person at a time makes the
         # hypotheses independent of the batch, to the last bit; on CUDA it would cost too much.
         rows = 1 if model.centre.device.type == "cpu" else len(observed)
-        parts = zip(*(values.split(rows) for values in filled), strict=True)
-        cond = torch.cat([model.condition(*part, size=size) for part in parts])
+        parts = (values.to(model.centre.dtype).split(rows) for values in filled)
+        cond = torch.cat([model.condition(a, m, c, size) for a, m, c in zip(*parts, strict=True)])
         return cond.masked_fill(~observed.any(1, keepdim=True), torch.nan)
 
     def sample(self, cond: Tensor, noise: Noise) -> tuple[Tensor, ...]:

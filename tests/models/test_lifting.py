@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -187,6 +188,21 @@ def test_sample(model: LiftingFlow) -> None:
         mode = model.flow(torch.zeros(3, 39), c=[cond], rev=True)[0]
     torch.testing.assert_close(log_prob, expected, atol=1e-2, rtol=1e-4)
     torch.testing.assert_close(pose[:, 0], model.to_pose(mode), atol=1e-4, rtol=0)
+
+
+def test_samplers_are_kept_and_not_copied(model: LiftingFlow) -> None:
+    cond = model.condition(*gaussians(3)).detach()
+    pose = model.sample(cond, 7, seed=1)
+    sampler = model._samplers.get(model.program, "high")
+    model.sample(cond, 7, seed=1)
+    assert model._samplers.get(model.program, "high") is sampler
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.sample(cond, 7, seed=1), pose)
+    twin.centre.add_(1)
+    torch.testing.assert_close(twin.sample(cond, 7, seed=1), pose + 1, atol=1e-4, rtol=0)
+    assert torch.equal(model.sample(cond, 7, seed=1), pose)
+    model.double()
+    assert model.sample(cond.double(), 7, seed=1).dtype == torch.float64
 
 
 def test_building_leaves_numpys_generator_alone() -> None:
