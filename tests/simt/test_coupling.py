@@ -17,27 +17,16 @@ from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, KINDS, Layer
 from tests.conftest import assert_as_good_as, max_error
 from tests.ops.test_coupling import Random, as_dtype, random_inputs, random_layers
-from tests.simt.test_simt import (  # noqa: F401
-    COMPILER,
-    HERE,
-    SOURCES,
-    build,
-    emulation,
-    execute,
-    folder,
-)
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+from tests.simt.tools import build_kernels, execute
 
 # Relative to the largest result, after four couplings that amplify.
 TOLERANCES = {"high": 3e-3, "medium": 4e-2}
 
 
 @pytest.fixture(scope="module")
-def program(folder: Path, emulation: Path) -> Path:  # noqa: F811
-    names = ["coupling/cuda.cu", "coupling/cuda_product.cu", "coupling/cuda_rows.cu"]
-    kernels = [SOURCES / name for name in (*names, "common/cuda_device.cu")]
-    return build(folder / "coupling", HERE / "coupling.cpp", *kernels, emulation)
+def program(programs: Path, emulation: Path) -> Path:
+    names = ("coupling/cuda.cu", "coupling/cuda_product.cu", "coupling/cuda_rows.cu")
+    return build_kernels(programs / "coupling", emulation, *names)
 
 
 class Emulated:

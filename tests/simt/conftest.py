@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.simt.tools import HERE, build
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what is built."""
+    return tmp_path_factory.mktemp("simt")
+
+
+@pytest.fixture(scope="session")
+def emulation(programs: Path) -> Path:
+    return build(programs / "simt.o", HERE / "simt.cpp")
