@@ -44,6 +44,7 @@ else
   echo "compute-sanitizer is not on PATH: left out"
 fi
 step "benchmark gaussian_fit" python benchmarks/bench_gaussian_fit.py --json "$results/gpu_gaussian_fit.json"
+step "benchmark heatmaps" python benchmarks/bench_heatmaps.py --json "$results/gpu_heatmaps.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "FAILED: ${failed[*]}"

@@ -19,6 +19,7 @@
 #include "coupling/coupling.h"
 #include "coupling/cuda.h"
 #include "gaussian_fit/gaussian_fit.h"
+#include "heatmaps/heatmaps.h"
 
 namespace py = pybind11;
 using namespace fasthyp;
@@ -125,8 +126,9 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
                        std::int64_t packed_bytes, bool inverse, std::int64_t images,
                        std::int64_t per_image, Address input, Address cond, Address output,
                        Address log_det, Address workspace, std::int64_t workspace_bytes,
-                       std::uint64_t seed, std::int64_t image_offset, Address fixed, int fixed_dims,
-                       bool include_mode, int device, Address stream) {
+                       std::uint64_t seed, std::int64_t image_offset, Address counter,
+                       Address fixed, int fixed_dims, bool include_mode, int device,
+                       Address stream) {
   py::gil_scoped_release release;
   const auto& flow = parsed_cuda(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
@@ -137,7 +139,7 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
       {&flow, pointer<const std::byte>(packed), inverse, images, per_image,
        pointer<const float>(input), pointer<const float>(cond), pointer<float>(output),
        pointer<float>(log_det), pointer<std::byte>(workspace), workspace_bytes, seed, image_offset,
-       pointer<const float>(fixed), fixed_dims, include_mode},
+       pointer<const std::int64_t>(counter), pointer<const float>(fixed), fixed_dims, include_mode},
       device, pointer<void>(stream));
 }
 #endif
@@ -177,6 +179,44 @@ void gaussian_fit_run(Address heatmaps, bool is_double, std::int64_t count, std:
   gaussian_fit::fit_cuda(call, device, pointer<void>(threads_or_stream));
 #else
   throw std::invalid_argument("gaussian_fit: built without CUDA");
+#endif
+}
+
+// --- heatmaps ---
+
+// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+void heatmaps_sample(Address maps, bool is_double, std::int64_t images, std::int64_t joints,
+                     std::int64_t height, std::int64_t width, std::int64_t samples,
+                     double threshold, double temperature, double flat_value, std::uint64_t seed,
+                     std::int64_t image_offset, Address points, Address values, int device,
+                     std::uintptr_t threads_or_stream) {
+  constexpr std::int64_t kMaxSide = 1 << 15;
+  if (images < 0 || joints < 0 || samples < 0 || height < 1 || width < 1 || height > kMaxSide ||
+      width > kMaxSide)
+    throw std::invalid_argument("heatmaps: expected maps of 1 to " + std::to_string(kMaxSide) +
+                                " cells a side, got " + std::to_string(height) + " x " +
+                                std::to_string(width));
+  if (images == 0 || joints == 0 || samples == 0) return;
+  const heatmaps::Call call{pointer<const void>(maps),
+                            is_double,
+                            images,
+                            joints,
+                            static_cast<int>(height),
+                            static_cast<int>(width),
+                            samples,
+                            is_double ? threshold : static_cast<float>(threshold),
+                            temperature,
+                            flat_value,
+                            seed,
+                            image_offset,
+                            pointer<void>(points),
+                            pointer<void>(values)};
+  py::gil_scoped_release release;
+  if (device < 0) return heatmaps::sample(call, static_cast<int>(threads_or_stream));
+#if defined(FASTHYP_WITH_CUDA)
+  heatmaps::sample_cuda(call, device, pointer<void>(threads_or_stream));
+#else
+  throw std::invalid_argument("heatmaps: built without CUDA");
 #endif
 }
 
@@ -229,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("coupling_cuda_run", &coupling_cuda_run);
 #endif
   m.def("gaussian_fit_run", &gaussian_fit_run);
+  m.def("heatmaps_sample", &heatmaps_sample);
   m.def("cuda_device_count", [] {
 #if defined(FASTHYP_WITH_CUDA)
     return cuda_device_count();

@@ -11,9 +11,6 @@
 namespace fasthyp::coupling::cuda {
 namespace {
 
-// Scratch of at most about this much is used; more rows go in several rounds.
-constexpr std::int64_t kScratchBytes = std::int64_t(256) << 20;
-
 class Reader {
  public:
   explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
@@ -82,7 +79,7 @@ struct Rounds {
         (plan.dim + 2) * 4;
     const std::int64_t image = plan.cond_dim > 0 ? plan.hoisted * 4 : 0;
     constexpr std::int64_t kLeast = 64;
-    rows = std::min(all, std::max(kLeast, kScratchBytes / (row + image / per_image + 1)));
+    rows = std::min(all, std::max(kLeast, plan.scratch / (row + image / per_image + 1)));
     images = std::min(images_in_all, (rows + per_image - 2) / per_image + 1);
     std::int64_t at = 0;
     const auto take = [&](std::int64_t bytes) {
@@ -134,6 +131,7 @@ Plan parse_plan(std::span<const std::int64_t> numbers) {
   plan.units = in.number(0, kMostWidth);
   plan.linear = in.number(0, 1);
   plan.output_index = in.number(0, plan.packed_bytes);
+  plan.scratch = in.number(0, kMostBytes);
   plan.log_det = std::bit_cast<double>(in.raw());
   for (auto& launches : plan.launches) {
     const std::int64_t count = in.number(1, 1 << 16);
@@ -176,6 +174,7 @@ void run(const Call& call, int device, void* stream) {
   rows.input = call.input;
   rows.seed = call.seed;
   rows.image_offset = call.image_offset;
+  rows.counter = call.counter;
   rows.fixed = call.fixed;
   rows.fixed_dims = call.fixed_dims;
   rows.include_mode = call.include_mode;

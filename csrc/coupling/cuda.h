@@ -1,7 +1,7 @@
 // Conditional coupling flows on CUDA, without gradients, float32 in and out.
 //
-// python/fasthyp/ops/coupling_cuda.py turns a flow into a list of launches, for each direction, and
-// one buffer of packed weights on the device. Two kernels do everything:
+// python/fasthyp/ops/_coupling_cuda.py turns a flow into a list of launches, for each direction,
+// and one buffer of packed weights on the device. Two kernels do everything:
 //
 //   rows    a block (or a cluster of two, sharing the hidden units) owns a tile of rows and takes
 //           them through the flow: noise, subnets of one or two layers, coupling arithmetic, linear
@@ -25,7 +25,7 @@ namespace fasthyp::coupling::cuda {
 // of float32 numbers apart, which loses nothing that float32 sums would keep.
 enum class Precision : int { tf32x3 = 0, tf32 = 1, bf16 = 2 };
 
-// --- the plan: int64 numbers on the host, written by coupling_cuda.py ---
+// --- the plan: int64 numbers on the host, written by _coupling_cuda.py ---
 
 // Offsets into the packed buffer are in bytes; -1 stands for something that is not there.
 struct RowsLaunch {
@@ -55,6 +55,7 @@ struct Plan {
   std::int64_t linear;                // 1 if there are dense linear steps
   std::int64_t packed_bytes;
   std::int64_t output_index;        // the slot of each latent dim, ints
+  std::int64_t scratch;             // bytes that are enough; more rows go in several rounds
   double log_det;                   // of the linear steps, data to latent
   std::vector<Launch> launches[2];  // forward, inverse
 };
@@ -109,6 +110,7 @@ struct RowsCall {
   const float* input;
   std::uint64_t seed;
   std::int64_t image_offset;
+  const std::int64_t* counter;  // on the device: seed and image offset to add to these, or null
   const float* fixed;
   int fixed_dims;
   bool include_mode;
@@ -166,6 +168,8 @@ struct Call {
   std::int64_t workspace_bytes;
   std::uint64_t seed = 0;
   std::int64_t image_offset = 0;
+  const std::int64_t* counter =
+      nullptr;  // on the device: seed and image offset to add; may be null
   const float* fixed = nullptr;
   int fixed_dims = 0;
   bool include_mode = false;

@@ -508,13 +508,19 @@ class Rows {
     const std::int64_t image = index / call_.per_image, hypothesis = index % call_.per_image;
     const int noise = call_.dim - call_.fixed_dims;
     const bool zero = call_.include_mode && hypothesis == 0;
-    const auto low = static_cast<std::uint32_t>(call_.seed);
-    const auto high = static_cast<std::uint32_t>(call_.seed >> 32);
+    std::uint64_t seed = call_.seed;
+    std::int64_t number = call_.image_offset + image;
+    if (call_.counter) {
+      seed += static_cast<std::uint64_t>(call_.counter[0]);
+      number += call_.counter[1];
+    }
+    const auto low = static_cast<std::uint32_t>(seed);
+    const auto high = static_cast<std::uint32_t>(seed >> 32);
     float squares = 0;
     for (int group = lane; group * 4 < noise; group += kHalf) {
       const philox::Words w = philox::philox4x32(
           {{static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(hypothesis),
-            static_cast<std::uint32_t>(call_.image_offset + image), 0}},
+            static_cast<std::uint32_t>(number), 0}},
           low, high);
       float z[4];
       philox::box_muller(w.w[0], w.w[1], &z[0], &z[1]);

@@ -1,4 +1,8 @@
 // One block fits one map; in double whatever the map's type, as on the CPU.
+//
+// Lanes take rows and warps columns: what a row costs (its part of the window, the powers of v) is
+// then paid once per row, and not once per row and lane. Rows lie at an odd distance in shared
+// memory, so that the lanes hit different banks.
 #include <algorithm>
 #include <string>
 
@@ -11,15 +15,14 @@ namespace fasthyp::gaussian_fit {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
+constexpr int kMostWarps = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // What a block shares.
 struct Block {
-  double partial[kWarps][kMoments];
+  double partial[kMostWarps][kMoments];
   double sums[kMoments];
-  MapSummary summary[kWarps];
+  MapSummary summary[kMostWarps];
   Initial start;
   Fitter fitter;
   Result result;
@@ -27,9 +30,45 @@ struct Block {
   bool measure;  // the residual of fitter.best is wanted
 };
 
+template <class T>
+struct Map {
+  const T* cells;
+  int height, width, stride;
+};
+
+// The cells of a window that a thread takes: rows at a distance, and in each of them columns.
+template <int kWarps>
+struct Share {
+  int row, row_step, column, column_step;
+
+  // With few rows, several lanes share a row.
+  __device__ explicit Share(int rows) {
+    row_step = kWarp;
+    while (row_step / 2 >= rows && row_step > 1) row_step /= 2;
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    row = lane % row_step;
+    column = warp * (kWarp / row_step) + lane / row_step;
+    column_step = kWarps * (kWarp / row_step);
+  }
+};
+
 __device__ double warp_sum(double v) {
   for (int offset = kWarp / 2; offset > 0; offset /= 2) v += __shfl_down_sync(kAllLanes, v, offset);
   return v;  // in lane 0
+}
+
+// The sum over the lanes of w[k] in w[0] of lane k: each step halves what a lane still adds up.
+template <int kHalf>
+__device__ void warp_sums(double (&w)[kWarp]) {
+  if constexpr (kHalf > 0) {
+    const bool high = (threadIdx.x & kHalf) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const double keep = high ? w[i + kHalf] : w[i], give = high ? w[i] : w[i + kHalf];
+      w[i] = keep + __shfl_xor_sync(kAllLanes, give, kHalf);
+    }
+    warp_sums<kHalf / 2>(w);
+  }
 }
 
 __device__ void merge(MapSummary& a, const MapSummary& b) {
@@ -43,22 +82,27 @@ __device__ void merge(MapSummary& a, const MapSummary& b) {
   a.finite = a.finite && b.finite;
 }
 
-// In block.summary[0], after the caller's barrier.
-template <class T>
-__device__ void summarise(const T* map, int cells, Block& block) {
+// In block.summary[0], after the caller's barrier. Copies the map to `copy` on the way, if not
+// null.
+template <int kWarps, class T>
+__device__ void summarise(const Map<T>& map, T* copy, int stride, Block& block) {
   // argmax -1: no finite cell yet
   MapSummary s{0, kInfinity, -1, 0, true};
-  for (int i = threadIdx.x; i < cells; i += blockDim.x) {
-    const double h = static_cast<double>(map[i]);
-    const bool finite = h - h == 0;
-    s.finite = s.finite && finite;
-    if (finite) {
-      if (s.argmax < 0 || h > s.maximum) {
-        s.maximum = h;
-        s.argmax = i;
+  for (int y = threadIdx.x / kWarp; y < map.height; y += kWarps) {
+    for (int x = threadIdx.x % kWarp; x < map.width; x += kWarp) {
+      const T cell = map.cells[y * map.width + x];
+      if (copy) copy[y * stride + x] = cell;
+      const double h = static_cast<double>(cell);
+      const bool finite = h - h == 0;
+      s.finite = s.finite && finite;
+      if (finite) {
+        if (s.argmax < 0 || h > s.maximum) {
+          s.maximum = h;
+          s.argmax = y * map.width + x;
+        }
+        s.minimum = h < s.minimum ? h : s.minimum;
+        s.square_sum += h * h;
       }
-      s.minimum = h < s.minimum ? h : s.minimum;
-      s.square_sum += h * h;
     }
   }
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -80,22 +124,22 @@ __device__ void summarise(const T* map, int cells, Block& block) {
   }
 }
 
-// The moments of p in block.sums, after the caller's barrier. A warp takes whole rows, a lane
-// columns.
-template <class T>
-__device__ void moments(const Gaussian& p, const T* map, int height, int width, Block& block) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  double total[kMoments] = {};
-  const Window window(p, height);
-  const Cells rows = window.rows;
-  for (int y = rows.begin + warp; y < rows.end; y += kWarps) {
+// The moments of p in block.sums, after the caller's barrier.
+template <int kWarps, class T>
+__device__ void moments(const Gaussian& p, const Map<T>& map, Block& block) {
+  double total[kWarp] = {};  // kMoments of them, and zeros
+  const Window window(p, map.height);
+  const Share<kWarps> share(window.rows.end - window.rows.begin);
+  for (int y = window.rows.begin + share.row; y < window.rows.end; y += share.row_step) {
     const double dy = y - p.y, v = p.l22 * dy;
-    const Cells columns = window.columns(dy, width);
+    const Cells columns = window.columns(dy, map.width);
+    const T* row = map.cells + y * map.stride;
     double s[5] = {}, t[3] = {};
-    for (int x = columns.begin + lane; x < columns.end; x += kWarp) {
+#pragma unroll 2
+    for (int x = columns.begin + share.column; x < columns.end; x += share.column_step) {
       const double u = p.l11 * (x - p.x) + p.l21 * dy;
       const double g = exp(-0.5 * (u * u + v * v));
-      const double r = p.amplitude * g - static_cast<double>(map[y * width + x]);
+      const double r = p.amplitude * g - static_cast<double>(row[x]);
       const double gu = g * u, guu = gu * u;
       s[0] += g * g;
       s[1] += g * gu;
@@ -119,32 +163,29 @@ __device__ void moments(const Gaussian& p, const T* map, int height, int width, 
       for (int i = 0; i <= 2 - j; ++i) total[kMoments2 + moment_index(i, j, 2)] += t[i] * power;
     }
   }
-#pragma unroll
-  for (int k = 0; k < kMoments; ++k) {
-    const double sum = warp_sum(total[k]);
-    if (lane == 0) block.partial[warp][k] = sum;
-  }
+  const int lane = threadIdx.x % kWarp;
+  warp_sums<kWarp / 2>(total);
+  if (lane < kMoments) block.partial[threadIdx.x / kWarp][lane] = total[0];
   __syncthreads();
-  for (int k = threadIdx.x; k < kMoments; k += blockDim.x) {
-    double sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += block.partial[w][k];
-    block.sums[k] = sum;
+  if (threadIdx.x < kMoments) {
+    double all = 0;
+    for (int w = 0; w < kWarps; ++w) all += block.partial[w][lane];
+    block.sums[lane] = all;
   }
 }
 
 // Root mean square residual of p over the whole map, in thread 0.
-template <class T>
-__device__ double residual(const Gaussian& p, const T* map, int height, int width, Block& block) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Window window(p, height);
-  const Cells rows = window.rows;
+template <int kWarps, class T>
+__device__ double residual(const Gaussian& p, const Map<T>& map, Block& block) {
+  const Window window(p, map.height);
+  const Share<kWarps> share(map.height);
   double sum = 0;
-  for (int y = warp; y < height; y += kWarps) {
+  for (int y = share.row; y < map.height; y += share.row_step) {
     const double dy = y - p.y, v = p.l22 * dy;
     Cells columns{0, 0};
-    if (y >= rows.begin && y < rows.end) columns = window.columns(dy, width);
-    for (int x = lane; x < width; x += kWarp) {
-      double r = static_cast<double>(map[y * width + x]);
+    if (y >= window.rows.begin && y < window.rows.end) columns = window.columns(dy, map.width);
+    for (int x = share.column; x < map.width; x += share.column_step) {
+      double r = static_cast<double>(map.cells[y * map.stride + x]);
       if (x >= columns.begin && x < columns.end) {
         const double u = p.l11 * (x - p.x) + p.l21 * dy;
         r -= p.amplitude * exp(-0.5 * (u * u + v * v));
@@ -153,32 +194,31 @@ __device__ double residual(const Gaussian& p, const T* map, int height, int widt
     }
   }
   sum = warp_sum(sum);
-  if (lane == 0) block.partial[warp][0] = sum;
+  if (threadIdx.x % kWarp == 0) block.partial[threadIdx.x / kWarp][0] = sum;
   __syncthreads();
   sum = 0;
   for (int w = 0; w < kWarps; ++w) sum += block.partial[w][0];
-  return sqrt(sum / (static_cast<double>(height) * width));
+  return sqrt(sum / (static_cast<double>(map.height) * map.width));
 }
 
-// Three blocks at least on a multiprocessor: left to itself, the compiler spills registers for a
-// fourth.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    fit_kernel(Call call, std::int64_t first, bool cached) {
+// Twelve warps at least on a multiprocessor: left to itself, the compiler spills registers for
+// more.
+template <int kWarps, class T>
+__global__ void __launch_bounds__(kWarps* kWarp, 12 / kWarps)
+    fit_kernel(Call call, std::int64_t first, int shared_stride) {
   __shared__ Block block;
-  const int height = call.height, width = call.width, cells = height * width;
   const std::int64_t index = first + blockIdx.x;
-  const T* map = static_cast<const T*>(call.heatmaps) + index * cells;
-  if (cached) {
-    T* copy = dynamic_shared<T>();
-    for (int i = threadIdx.x; i < cells; i += blockDim.x) copy[i] = map[i];
-    map = copy;  // a thread summarises the cells that it copied; the others see them after that
-  }
-  summarise(map, cells, block);
+  const int height = call.height, width = call.width;
+  Map<T> map{static_cast<const T*>(call.heatmaps) + index * height * width, height, width, width};
+  T* copy = shared_stride > 0 ? dynamic_shared<T>() : nullptr;
+  summarise<kWarps>(map, copy, shared_stride, block);
+  if (copy) map = {copy, height, width, shared_stride};  // whole after the next barrier
   if (threadIdx.x == 0) {
     double init[6] = {};
-    for (int i = 0; i < call.init_size; ++i)
-      init[i] = static_cast<double>(static_cast<const T*>(call.init)[index * call.init_size + i]);
+#pragma unroll
+    for (int i = 0; i < 6; ++i)
+      if (i < call.init_size)
+        init[i] = static_cast<double>(static_cast<const T*>(call.init)[index * call.init_size + i]);
     const MapSummary& summary = block.summary[0];
     block.start = initial_guess(summary, width, init, call.init_size);
     block.result = unconverged(block.start, 0);
@@ -193,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   __syncthreads();
   while (block.status == Status::running) {
-    moments(block.fitter.trial, map, height, width, block);
+    moments<kWarps>(block.fitter.trial, map, block);
     __syncthreads();
     if (threadIdx.x == 0) {
       block.status = block.fitter.advance(block.sums);
@@ -206,29 +246,43 @@ __global__ void __launch_bounds__(kThreads, 3)
     __syncthreads();
   }
   if (block.measure) {
-    const double rmse = residual(block.fitter.best, map, height, width, block);
+    const double rmse = residual<kWarps>(block.fitter.best, map, block);
     if (threadIdx.x == 0) block.result.rmse = rmse;
   }
   if (threadIdx.x == 0) store_result<T>(call, index, block.result);
 }
 
-template <class T>
-cudaError_t launch(const Call& call, cudaStream_t stream) {
-  // Beyond the shared memory that every block may have, the map is read through the caches.
-  constexpr std::size_t kCache = 32 * 1024;
+template <int kWarps, class T>
+cudaError_t launch(const Call& call, int device, cudaStream_t stream) {
+  static SharedMemory shared_memory;
   constexpr std::int64_t kMostBlocks = 0x7fffffff;
-  const std::size_t bytes = static_cast<std::size_t>(call.height) * call.width * sizeof(T);
-  const bool cached = bytes <= kCache;
+  const int stride = call.width | 1;
+  const std::size_t bytes = static_cast<std::size_t>(call.height) * stride * sizeof(T);
+  // A map that is larger is read through the caches.
+  const bool fits = bytes + sizeof(Block) <= static_cast<std::size_t>(device_limits(device).shared);
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = cached ? bytes : 0;
+  config.blockDim = dim3(kWarps * kWarp);
+  config.dynamicSmemBytes = fits ? bytes : 0;
   config.stream = stream;
-  cudaError_t error = cudaSuccess;
+  constexpr auto kernel = fit_kernel<kWarps, T>;
+  auto error =
+      static_cast<cudaError_t>(shared_memory.allow(reinterpret_cast<const void*>(kernel), device));
   for (std::int64_t first = 0; first < call.count && error == cudaSuccess; first += kMostBlocks) {
     config.gridDim = dim3(static_cast<unsigned>(std::min(call.count - first, kMostBlocks)));
-    error = cudaLaunchKernelEx(&config, fit_kernel<T>, call, first, cached);
+    error = cudaLaunchKernelEx(&config, kernel, call, first, fits ? stride : 0);
   }
   return error;
+}
+
+// Warps by the size of the map alone, because the order of the sums depends on them, and a fit must
+// not depend on what else is in its batch. A lane then has some eight cells of a typical window (a
+// fourth of the map): more warps would mostly add to each other's sums, fewer take longer.
+template <class T>
+cudaError_t launch(const Call& call, int device, cudaStream_t stream) {
+  const std::int64_t cells = static_cast<std::int64_t>(call.height) * call.width;
+  if (cells <= 512) return launch<1, T>(call, device, stream);
+  if (cells <= 8192) return launch<4, T>(call, device, stream);
+  return launch<kMostWarps, T>(call, device, stream);
 }
 
 }  // namespace
@@ -236,7 +290,7 @@ cudaError_t launch(const Call& call, cudaStream_t stream) {
 void fit_cuda(const Call& call, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  check_cuda(call.is_double ? launch<double>(call, on) : launch<float>(call, on),
+  check_cuda(call.is_double ? launch<double>(call, device, on) : launch<float>(call, device, on),
              "fit_gaussians of " + std::to_string(call.count) + " maps of " +
                  std::to_string(call.height) + " x " + std::to_string(call.width),
              device);

@@ -192,6 +192,7 @@ FASTHYP_HD void store_result(const Call& call, std::int64_t map, const Result& r
   // theta just below pi may round up to it in float
   const double theta = static_cast<double>(static_cast<T>(r.theta)) < kPi ? r.theta : 0.0;
   const double scalars[5] = {r.amplitude, r.sigma_x, r.sigma_y, theta, r.rmse};
+  FASTHYP_UNROLL
   for (int i = 0; i < 5; ++i)
     static_cast<T*>(call.scalars)[i * call.count + map] = static_cast<T>(scalars[i]);
   T* mean = static_cast<T*>(call.mean) + 2 * map;
@@ -287,57 +288,74 @@ struct Fitter {
     best = trial;
     cost = trial_cost;
     const double unit = amplitude_unit(), a = best.amplitude;
-    const int pu[6] = {0, 1, 0, 2, 1, 0}, pv[6] = {0, 0, 1, 0, 1, 2};
+    constexpr int pu[6] = {0, 1, 0, 2, 1, 0}, pv[6] = {0, 0, 1, 0, 1, 2};
     const double scale[6] = {unit, a, a, -a, -a, -a};
+    FASTHYP_UNROLL
     for (int i = 0; i < 6; ++i) {
       gradient[i] = scale[i] * moments[kMoments2 + moment_index(pu[i], pv[i], 2)];
+      FASTHYP_UNROLL
       for (int j = 0; j <= i; ++j)
         hessian[i * (i + 1) / 2 + j] =
             scale[i] * scale[j] * moments[moment_index(pu[i] + pu[j], pv[i] + pv[j], 4)];
     }
   }
 
-  // (J^T J + damping * largest diagonal) step = -J^T r, by Cholesky, shortened to kLongestStep.
-  // False where there is no step.
+  // (J^T J + damping * largest diagonal) step = -J^T r, shortened to kLongestStep. False where
+  // there is no step. By L D L^T, column by column: one division a column, and what follows it does
+  // not wait for one another, because on a GPU a single thread does this while all others wait.
   FASTHYP_HD bool solve(double* step) {
     double largest = 0;
+    FASTHYP_UNROLL
     for (int i = 0; i < 6; ++i) {
       const double d = hessian[i * (i + 1) / 2 + i];
       largest = d > largest ? d : largest;
     }
     if (!(largest > 0) || !(largest < 1e300) || !(damping < 1e100)) return false;
-    double c[21];
+    double c[21], per_pivot[6];  // L below the diagonal; 1 / D
     for (;;) {
-      const double add = damping * largest;
-      bool positive = true;
+      FASTHYP_UNROLL
       for (int i = 0; i < 6; ++i) {
-        for (int j = 0; j <= i; ++j) {
-          double sum = hessian[i * (i + 1) / 2 + j] + (i == j ? add : 0.0);
-          for (int k = 0; k < j; ++k) sum -= c[i * (i + 1) / 2 + k] * c[j * (j + 1) / 2 + k];
-          if (i == j) {
-            positive = positive && sum > 0;
-            c[i * (i + 1) / 2 + i] = std::sqrt(sum > 0 ? sum : 1.0);
-          } else {
-            c[i * (i + 1) / 2 + j] = sum / c[j * (j + 1) / 2 + j];
-          }
+        FASTHYP_UNROLL
+        for (int j = 0; j <= i; ++j)
+          c[i * (i + 1) / 2 + j] =
+              hessian[i * (i + 1) / 2 + j] + (i == j ? damping * largest : 0.0);
+      }
+      bool positive = true;
+      FASTHYP_UNROLL
+      for (int j = 0; j < 6; ++j) {
+        const double pivot = c[j * (j + 1) / 2 + j];
+        positive = positive && pivot > 0;
+        per_pivot[j] = 1.0 / (pivot > 0 ? pivot : 1.0);
+        double column[6];
+        FASTHYP_UNROLL
+        for (int i = j + 1; i < 6; ++i) {
+          column[i] = c[i * (i + 1) / 2 + j];
+          c[i * (i + 1) / 2 + j] *= per_pivot[j];
+          FASTHYP_UNROLL
+          for (int k = j + 1; k <= i; ++k)
+            c[i * (i + 1) / 2 + k] -= c[i * (i + 1) / 2 + j] * column[k];
         }
       }
       if (positive) break;
       damping *= 10;  // rounding made a singular matrix indefinite
       if (!(damping < 1e100)) return false;
     }
-    for (int i = 0; i < 6; ++i) {
-      double sum = -gradient[i];
-      for (int k = 0; k < i; ++k) sum -= c[i * (i + 1) / 2 + k] * step[k];
-      step[i] = sum / c[i * (i + 1) / 2 + i];
+    FASTHYP_UNROLL
+    for (int i = 0; i < 6; ++i) step[i] = -gradient[i];
+    FASTHYP_UNROLL
+    for (int j = 0; j < 6; ++j) {
+      FASTHYP_UNROLL
+      for (int i = j + 1; i < 6; ++i) step[i] -= c[i * (i + 1) / 2 + j] * step[j];
     }
-    for (int i = 5; i >= 0; --i) {
-      double sum = step[i];
-      for (int k = i + 1; k < 6; ++k) sum -= c[k * (k + 1) / 2 + i] * step[k];
-      step[i] = sum / c[i * (i + 1) / 2 + i];
+    FASTHYP_UNROLL
+    for (int j = 5; j >= 0; --j) {
+      step[j] *= per_pivot[j];
+      FASTHYP_UNROLL
+      for (int i = j + 1; i < 6; ++i) step[j] -= c[i * (i + 1) / 2 + j] * step[i];
     }
     // Far from the minimum a full step throws the Gaussian off the blob.
     double longest = 0, slope = 0, square = 0;
+    FASTHYP_UNROLL
     for (int i = 0; i < 6; ++i) {
       const double size = std::fabs(step[i]);
       longest = size > longest ? size : longest;
@@ -345,6 +363,7 @@ struct Fitter {
       square += step[i] * step[i];
     }
     const double part = longest > kLongestStep ? kLongestStep / longest : 1.0;
+    FASTHYP_UNROLL
     for (int i = 0; i < 6; ++i) step[i] *= part;
     // -2 g.s - s.H.s with H.(s / part) = -g - damping largest s / part
     predicted = part * (part * damping * largest * square - (2 - part) * slope);

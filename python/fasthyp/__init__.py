@@ -14,7 +14,7 @@ from fasthyp import _C
 if TYPE_CHECKING:
     from fasthyp import flows, models, viz
     from fasthyp.flows.accelerate import accelerate, explain, restore
-    from fasthyp.heatmaps import GaussianFit, fit_gaussians
+    from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
     from fasthyp.sampling import HypothesisSampler
 
 __version__: str = _C.version
@@ -26,6 +26,8 @@ _HOME = {
     "HypothesisSampler": "fasthyp.sampling",
     "GaussianFit": "fasthyp.heatmaps",
     "fit_gaussians": "fasthyp.heatmaps",
+    "heatmap_argmax": "fasthyp.heatmaps",
+    "sample_heatmaps": "fasthyp.heatmaps",
 }
 _MODULES = ("flows", "models", "viz")
 
@@ -36,8 +38,10 @@ __all__ = [
     "explain",
     "fit_gaussians",
     "flows",
+    "heatmap_argmax",
     "models",
     "restore",
+    "sample_heatmaps",
     "viz",
 ]
 

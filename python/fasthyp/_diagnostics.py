@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, resources
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch import Tensor
 from fasthyp import _C, _environment
 from fasthyp.reference.coupling import CouplingLayer, mlp
 
-FAMILIES = {"coupling": "coupling_flow", "gaussian_fit": "fit_gaussians"}
+FAMILIES = {
+    "coupling": "coupling_flow",
+    "gaussian_fit": "fit_gaussians",
+    "heatmaps": "sample_heatmaps",
+}
 """Kernel families and an op of each."""
 
 _REBUILD = "build again: pip install --force-reinstall --no-deps fasthyp (or . in its source)"
@@ -113,20 +118,28 @@ def doctor() -> list[Check]:
     ]
     for level in _C.simd_levels():
         with_level = f"FASTHYP_SIMD set to a lower level than {level} avoids it; {_REBUILD}"
-        ops = {
-            "coupling float32": lambda: _check_coupling("highest", torch.float32, 1e-4),
-            "coupling float64": lambda: _check_coupling("highest", torch.float64, 1e-11),
+        ops: dict[str, Callable[[], str]] = {
+            "coupling float32": partial(_check_coupling, "highest", torch.float32, 1e-4),
+            "coupling float64": partial(_check_coupling, "highest", torch.float64, 1e-11),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),
+            "heatmaps": lambda: _check_samples("cpu"),
         }
         if level.endswith("bf16"):
-            ops["coupling bfloat16"] = lambda: _check_coupling("medium", torch.float32, 0.05)
+            ops["coupling bfloat16"] = partial(_check_coupling, "medium", torch.float32, 0.05)
         for name, check in ops.items():
             checks.append((f"{name}, {level}", _at_level(level, check), with_level))
     checks.append(("CUDA", _check_cuda, "install a PyTorch for your driver, see pytorch.org"))
     if torch.cuda.is_available() and _C.cuda_archs:
         for i in range(torch.cuda.device_count()):
             remedy = f"rebuild with FASTHYP_CUDA_ARCHS that fit {torch.cuda.get_device_name(i)}"
-            checks.append((f"gaussian_fit, cuda:{i}", _on_device(i), remedy))
+            for name, on_device in (
+                ("coupling float32", partial(_check_coupling, "highest", torch.float32, 1e-4)),
+                ("coupling tf32", partial(_check_coupling, "high", torch.float32, 0.01)),
+                ("coupling bfloat16", partial(_check_coupling, "medium", torch.float32, 0.05)),
+                ("gaussian_fit", _check_gaussian_fit),
+                ("heatmaps", _check_samples),
+            ):
+                checks.append((f"{name}, cuda:{i}", partial(on_device, f"cuda:{i}"), remedy))
     checks.append(("bundled model", _check_model, _WEIGHTS))
     checks.append(("bundled heatmaps", _check_heatmaps, _WEIGHTS))
     return [_run(*check) for check in checks]
@@ -146,10 +159,6 @@ def _at_level(level: str, check: Callable[[], str]) -> Callable[[], str]:
             return check()
 
     return run
-
-
-def _on_device(index: int) -> Callable[[], str]:
-    return lambda: _check_gaussian_fit(f"cuda:{index}")
 
 
 @contextmanager
@@ -183,12 +192,14 @@ def _check_philox() -> str:
     return _compare({"normal numbers": (philox_normal(2, 9, 7, 5), reference(2, 9, 7, 5))}, 1e-5)
 
 
-def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str:
+def _check_coupling(
+    precision: str, dtype: torch.dtype, tolerance: float, device: str = "cpu"
+) -> str:
     from fasthyp.ops.coupling import PackedFlow
     from fasthyp.reference import coupling as reference
 
     layers, output_index, dim, cond_dim = _small_flow()
-    packed = PackedFlow(layers, output_index, dim, cond_dim, precision, dtype)
+    packed = PackedFlow(layers, output_index, dim, cond_dim, precision, dtype, device)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 21, dim, generator=generator, dtype=torch.float64)
     cond = torch.randn(3, cond_dim, generator=generator, dtype=torch.float64)
@@ -196,8 +207,10 @@ def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str
     forward = reference.flow_forward(layers, output_index, x.double(), cond.double())
     noise = reference.philox_normal(3, 21, dim, 7).double()
     inverse = reference.flow_inverse(layers, output_index, noise, cond.double())
-    got_forward, got_inverse = packed.forward(x, cond), packed.inverse(noise.to(dtype), cond)
-    _compare({"samples": (packed.sample(cond, 21, 7)[0], inverse[0])}, max(tolerance, 1e-5))
+    there = cond.to(device)
+    got_forward = packed.forward(x.to(device), there)
+    got_inverse = packed.inverse(noise.to(device, dtype), there)
+    _compare({"samples": (packed.sample(there, 21, 7)[0], inverse[0])}, max(tolerance, 1e-5))
     return _compare(
         {
             "forward": (got_forward[0], forward[0]),
@@ -207,6 +220,19 @@ def _check_coupling(precision: str, dtype: torch.dtype, tolerance: float) -> str
         },
         tolerance,
     )
+
+
+def _check_samples(device: str) -> str:
+    from fasthyp.ops.heatmaps import sample_heatmaps
+    from fasthyp.reference.heatmaps import sample_heatmaps as reference
+
+    maps = torch.sin(torch.arange(2.0 * 3 * 13 * 17)).reshape(2, 3, 13, 17)
+    for temperature in (1.0, 0.5):
+        arguments = 40, temperature, 0.1, 0.0, 7
+        ours, expected = sample_heatmaps(maps.to(device), *arguments), reference(maps, *arguments)
+        if not torch.equal(ours[0].cpu(), expected[0]):
+            raise _Wrong(f"other cells than the reference's at temperature {temperature}")
+    return "the same cells as the reference"
 
 
 def _check_gaussian_fit(device: str) -> str:
@@ -293,7 +319,7 @@ def _compare(pairs: dict[str, tuple[Tensor, Tensor]], tolerance: float) -> str:
     worst = 0.0
     for name, (got, expected) in pairs.items():
         scale = float(expected.abs().max().clamp_min(1e-6))
-        error = float((got.double() - expected.double()).abs().max()) / scale
+        error = float((got.cpu().double() - expected.double()).abs().max()) / scale
         if not error <= tolerance:
             raise _Wrong(f"{name} off by {error:.1e} of the largest, allowed {tolerance:.0e}")
         worst = max(worst, error)

@@ -1,4 +1,4 @@
-"""Detector heatmaps: Gaussian fits and maxima.
+"""Detector heatmaps: Gaussian fits, samples and maxima.
 
 Coordinates are (x, y) in cells, x to the right and y down; the centre of the cell in row i and
 column j is (j, i).
@@ -6,14 +6,18 @@ column j is (j, i).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from fasthyp import _C, _environment
-from fasthyp.ops import gaussian_fit as ops
-from fasthyp.reference import gaussian_fit as reference
+from fasthyp._seed import check_int, resolve_seed
+from fasthyp.ops import gaussian_fit as fit_ops
+from fasthyp.ops import heatmaps as sample_ops
+from fasthyp.reference import gaussian_fit as fit_reference
+from fasthyp.reference import heatmaps as sample_reference
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -83,12 +87,12 @@ def fit_gaussians(
         heatmaps = heatmaps.float()
     if isinstance(init, Tensor) and init.dtype in _HALF:
         init = init.float()
-    ops.check_tensors(heatmaps, init)
+    fit_ops.check_tensors(heatmaps, init)
     _check_number("max_iter", max_iter, int, 1, 1_000_000)
     _check_number("tol", tol, float, 0.0, 1.0)
     heatmaps = heatmaps.detach()
     init = None if init is None else init.detach()
-    fit = ops.fit_gaussians if _has_kernel(heatmaps) else reference.fit_gaussians
+    fit = (fit_ops if _has_kernel(heatmaps) else fit_reference).fit_gaussians
     scalars, mean, covariance, converged, iterations = fit(heatmaps, init, max_iter, tol)
     amplitude, sigma_x, sigma_y, theta, rmse = scalars.unbind(0)
     return GaussianFit(
@@ -96,9 +100,101 @@ def fit_gaussians(
     )
 
 
+@overload
+def sample_heatmaps(
+    heatmaps: Tensor,
+    n: int,
+    temperature: float = ...,
+    threshold: float = ...,
+    seed: int | None = ...,
+    *,
+    generator: torch.Generator | None = ...,
+    ordered: bool = ...,
+    return_probabilities: Literal[False] = ...,
+    image_offset: int = ...,
+) -> Tensor: ...
+@overload
+def sample_heatmaps(
+    heatmaps: Tensor,
+    n: int,
+    temperature: float = ...,
+    threshold: float = ...,
+    seed: int | None = ...,
+    *,
+    generator: torch.Generator | None = ...,
+    ordered: bool = ...,
+    return_probabilities: Literal[True],
+    image_offset: int = ...,
+) -> tuple[Tensor, Tensor]: ...
+def sample_heatmaps(
+    heatmaps: Tensor,
+    n: int,
+    temperature: float = 1.0,
+    threshold: float = 0.0,
+    seed: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    ordered: bool = False,
+    return_probabilities: bool = False,
+    image_offset: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Draws n cells from each heatmap, with replacement.
+
+    A cell's probability is proportional to its value to the power of ``temperature``, as in the
+    ``HeatmapSampler`` of HUMR (WACV 2025). A map without a cell that may be drawn is drawn from
+    uniformly. The numbers come from a counter-based generator: sample i of joint j of image b
+    depends on the seed, b, j, i and the map alone, not on the device, n, the number of threads or
+    the split into batches.
+
+    Without gradients. On CUDA the values are not looked at beforehand, which would wait for the
+    device: as on a CPU, a map that holds NaN or positive infinity gives NaN for all its samples. In
+    a captured CUDA graph the seed stays what it was.
+
+    Args:
+        heatmaps: (..., J, H, W) float32 or float64 on a CPU or CUDA device. float16 and bfloat16
+            are converted to float32.
+        n: samples per heatmap.
+        temperature: above 1 sharpens, below 1 flattens.
+        threshold: cells below it are not drawn; nor are those not above zero, whatever it is.
+        seed: 0 <= seed < 2**64. None draws one from ``generator`` or PyTorch's default generator,
+            so that ``torch.manual_seed`` makes the result repeatable.
+        generator: where a seed is drawn from.
+        ordered: each joint's samples by falling probability, those of the same as drawn.
+        return_probabilities: also return the value of the heatmap at each sample (the official
+            ``return_probs``), 0.001 ** (1 / temperature) in maps that are drawn from uniformly.
+        image_offset: number of the first image, where a batch is part of a longer list.
+
+    Returns:
+        points (..., n, J, 2) as x, y in cells, whole numbers in the heatmaps' dtype; with
+        ``return_probabilities`` also (..., n, J).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if isinstance(heatmaps, Tensor) and heatmaps.dtype in _HALF:
+        heatmaps = heatmaps.float()
+    sample_ops.check_maps(heatmaps)
+    check_int("n", n, 1, 2**31)
+    _check_number("temperature", temperature, float, 0.0, math.inf)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    _check_number("threshold", threshold, float, -math.inf, math.inf)
+    check_int("image_offset", image_offset, 0, 2**32)
+    heatmaps = heatmaps.detach()
+    sample = (sample_ops if _has_kernel(heatmaps) else sample_reference).sample_heatmaps
+    points, values = sample(
+        *(heatmaps, n, float(temperature), float(threshold), 0.001 ** (1 / temperature)),
+        *(resolve_seed(seed, generator), image_offset),
+    )
+    if ordered:
+        values, order = values.sort(dim=-2, descending=True, stable=True)
+        points = points.gather(-3, order[..., None].expand_as(points))
+    return (points, values) if return_probabilities else points
+
+
 def heatmap_argmax(heatmaps: Tensor) -> Tensor:
     """Where each heatmap (..., H, W) is highest, first place in row order: (..., 2) as x, y in
-    cells, in the heatmaps' dtype.
+    cells, in the heatmaps' dtype (float32 for float16 and bfloat16).
 
     Raises:
         TypeError: not a tensor of a floating dtype.
@@ -111,7 +207,8 @@ def heatmap_argmax(heatmaps: Tensor) -> Tensor:
         raise ValueError(f"heatmaps: expected shape (..., H, W), got {tuple(heatmaps.shape)}")
     place = heatmaps.flatten(-2).argmax(-1)
     width = heatmaps.shape[-1]
-    return torch.stack([place % width, place // width], -1).to(heatmaps.dtype)
+    dtype = torch.float32 if heatmaps.dtype in _HALF else heatmaps.dtype
+    return torch.stack([place % width, place // width], -1).to(dtype)
 
 
 def _has_kernel(heatmaps: Tensor) -> bool:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fasthyp._seed import check_int, resolve_seed
 from fasthyp.flows.accelerate import shared_clone
 from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor
@@ -89,15 +90,15 @@ class HypothesisSampler:
                 )
             batch = fixed.shape[0]
             noise_dim -= fixed.shape[1]
-        _check_int("image_offset", image_offset, 0, 2**32 - (batch or 1))
+        check_int("image_offset", image_offset, 0, 2**32 - (batch or 1))
         if num_samples is not None:
-            _check_int("num_samples", num_samples, 1, 2**32)
+            check_int("num_samples", num_samples, 1, 2**32)
 
         if z is None:
             x, log_prob = executor.sample(
                 conditions,
                 1000 if num_samples is None else num_samples,
-                _seed(seed, generator),
+                resolve_seed(seed, generator),
                 image_offset=image_offset,
                 fixed=fixed,
                 include_mode=include_mode,
@@ -135,17 +136,6 @@ class HypothesisSampler:
         return executor, program, like
 
 
-def _seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if seed is None:
-        device = "cpu" if generator is None else generator.device
-        draw = torch.randint(2**62, (), generator=generator, device=device)
-        return int(draw.item())
-    if generator is not None:
-        raise ValueError("seed, generator: expected at most one of them, got both")
-    _check_int("seed", seed, 0, 2**64)
-    return seed
-
-
 def _conditions(
     cond: Tensor | Sequence[Tensor] | None, widths: Sequence[int], like: Tensor
 ) -> Tensor | None:
@@ -180,10 +170,3 @@ def _check_tensor(name: str, tensor: object, like: Tensor, rank: int) -> None:
         raise ValueError(f"{name}: expected at least one image, got shape {tuple(tensor.shape)}")
     if tensor.device.type == "cpu" and not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not low <= value < high:
-        raise ValueError(f"{name}: expected {low} <= {name} < {high}, got {value}")

@@ -21,6 +21,8 @@ from fasthyp.flows import (
     Permute,
     UnsupportedFlow,
 )
+from fasthyp.ops import coupling as ops
+from fasthyp.ops._coupling_cuda import UnsupportedOnCuda
 
 
 @pytest.fixture(autouse=True)
@@ -194,3 +196,25 @@ def test_opaque_steps() -> None:
         expected = getattr(FlowExecutor(plain), name)(x, cond)
         for a, b in zip(getattr(mixed, name)(x, cond), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_flow_that_the_kernels_refuse_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU's kernels refuse one that is too wide for them; asked for once, not at each call."""
+    asked = []
+
+    def refuse(*arguments: Any) -> None:
+        asked.append(arguments)
+        raise UnsupportedOnCuda("too wide")
+
+    monkeypatch.setattr(ops, "PackedFlow", refuse)
+    flow = program()
+    executor = FlowExecutor(flow)
+    x, cond = torch.randn(4, 1, 5), torch.randn(4, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            z, log_jac = executor.forward(x, cond)
+        want_z, want_log_jac = step_by_step(flow, x[:, 0], cond)
+    torch.testing.assert_close(z[:, 0], want_z)
+    torch.testing.assert_close(log_jac[:, 0], want_log_jac)
+    assert executor.explain() == (False, "reference: too wide")
+    assert len(asked) == 1

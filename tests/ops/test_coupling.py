@@ -32,6 +32,7 @@ from fasthyp.reference.coupling import (
     Net,
     mlp,
 )
+from fasthyp.reference.philox import philox4x32
 from tests.conftest import assert_as_good_as, max_error
 
 
@@ -775,7 +776,7 @@ def test_philox_known_answers() -> None:
         2**64 - 1: (ones, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
     }
     for key, (counter, words) in answers.items():
-        assert [int(w[0]) for w in reference._philox4x32(counter, key)] == words
+        assert [int(w[0]) for w in philox4x32(counter, key)] == words
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345678901234567890, 2**64 - 1])
@@ -819,6 +820,12 @@ def test_sample(fixed_dim: int, include_mode: bool) -> None:
     torch.testing.assert_close(log_prob, want_log_prob, rtol=1e-5, atol=1e-5)
     if include_mode:
         assert not noise[:, 0].any()
+    counter = torch.tensor([2, 6])
+    again = packed.sample(cond, 20, 3, None, 1, fixed, include_mode, counter)
+    assert torch.equal(again[0], x)
+    assert torch.equal(again[1], log_prob)
+    with pytest.raises(ValueError, match="counter: expected int64"):
+        packed.sample(cond, 20, 3, counter=counter.int())
 
 
 @pytest.mark.parametrize("fixed_dim", [0, 2])

@@ -1,7 +1,8 @@
 // coupling SEED INPUT OUTPUT: runs a flow with the CUDA kernels on the host.
 // Input: int64 numbers of plan numbers, packed bytes, inverse, images, per_image, has input, has
-// condition, seed, image offset, fixed dims, include mode; then plan, packed weights, input,
-// condition, fixed. Output: output, log_det.
+// condition, seed, image offset, fixed dims, include mode, whether seed and offset come from the
+// device; then plan, packed weights, input, condition, fixed. Output: output, log_det.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -37,7 +38,7 @@ int main(int argc, char** argv) try {
   if (argc != 4) return 2;
   simt::set_seed(std::strtoull(argv[1], nullptr, 10));
   std::ifstream in(argv[2], std::ios::binary);
-  const Array head = read(in, 11 * 8);
+  const Array head = read(in, 12 * 8);
   const auto* n = reinterpret_cast<const std::int64_t*>(head.get());
   const Array numbers = read(in, n[0] * 8);
   using namespace fasthyp::coupling::cuda;
@@ -63,8 +64,14 @@ int main(int argc, char** argv) try {
   call.log_det = reinterpret_cast<float*>(log_det.get());
   call.workspace = workspace.get();
   call.workspace_bytes = workspace_size;
-  call.seed = static_cast<std::uint64_t>(n[7]);
-  call.image_offset = n[8];
+  const Array counter = allocate(2 * 8);
+  std::copy_n(n + 7, 2, reinterpret_cast<std::int64_t*>(counter.get()));
+  if (n[11]) {
+    call.counter = reinterpret_cast<const std::int64_t*>(counter.get());
+  } else {
+    call.seed = static_cast<std::uint64_t>(n[7]);
+    call.image_offset = n[8];
+  }
   call.fixed = n[9] ? reinterpret_cast<const float*>(fixed.get()) : nullptr;
   call.fixed_dims = static_cast<int>(n[9]);
   call.include_mode = n[10] != 0;

@@ -83,8 +83,15 @@ namespace fasthyp::simt {
 namespace {
 
 constexpr std::size_t kStack = 128 * 1024;
-constexpr int kSharedDefault = 48 * 1024, kSharedMost = 227 * 1024;
+constexpr int kSharedDefault = 48 * 1024;
 constexpr int kThreadLimit = 1024, kClusterLimit = 8, kBarriers = 16, kWarp = 32;
+
+// A property of the device, which the environment may set.
+int setting(const char* name, int otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atoi(value) : otherwise;
+}
+int most_shared() { return setting("SIMT_SHARED", 227 * 1024); }
 
 enum class State { ready, at_barrier, at_cluster_barrier, in_exchange, done };
 
@@ -380,7 +387,7 @@ void meet(unsigned mask, void* mine, Complete complete) {
 }
 
 int set_shared_limit(const void* kernel, int bytes) {
-  if (bytes < 0 || bytes > kSharedMost) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > most_shared()) return cudaErrorInvalidValue;
   shared_limits[kernel] = bytes;
   return cudaSuccess;
 }
@@ -535,16 +542,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = 4;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = simt::setting("SIMT_MAJOR", 9);
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = simt::kSharedDefault;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = simt::kSharedMost;
+      *value = simt::most_shared();
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = simt::kSharedMost + 1024;
+      *value = simt::most_shared() + 1024;
       return cudaSuccess;
   }
   return cudaErrorInvalidValue;

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fasthyp
 from fasthyp.heatmaps import GaussianFit
+from fasthyp.ops import heatmaps as sample_ops
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "csrc"
@@ -249,7 +250,9 @@ def blobs(count: int, height: int, width: int) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (33, 17), (13, 40), (5, 31), (40, 6), (1, 65)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (33, 17), (13, 40), (5, 31), (40, 6), (1, 65), (48, 48)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gaussian_fit_matches_cpu(
     gaussian_fit: Path, tmp_path: Path, shape: tuple[int, int], dtype: torch.dtype
@@ -285,7 +288,62 @@ def test_gaussian_fit_of_bad_maps(gaussian_fit: Path, tmp_path: Path) -> None:
     assert_same(fit_emulated(gaussian_fit, tmp_path, maps), cpu, 1e-5)
 
 
-def test_gaussian_fit_of_a_map_beyond_shared_memory(gaussian_fit: Path, tmp_path: Path) -> None:
-    maps = blobs(1, 120, 70)
+@pytest.mark.parametrize("shape", [(120, 70), (190, 170)])
+def test_gaussian_fit_of_large_maps(
+    gaussian_fit: Path, tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    """Beyond the shared memory that every launch has, and beyond all that there is."""
+    maps = blobs(1, *shape)
     cpu = fasthyp.fit_gaussians(maps)
     assert_same(fit_emulated(gaussian_fit, tmp_path, maps), cpu, 1e-9)
+
+
+# --- heatmaps ---
+
+
+@pytest.fixture(scope="module")
+def heatmaps(folder: Path, emulation: Path) -> Path:
+    kernels = [SOURCES / "heatmaps" / "cuda.cu", SOURCES / "common" / "cuda_device.cu"]
+    return build(folder / "heatmaps", HERE / "heatmaps.cpp", *kernels, emulation)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n"),
+    [
+        ((2, 3, 16, 16), 25),
+        ((1, 2, 33, 17), 7),
+        ((1, 1, 1, 1), 1),
+        ((3, 1, 5, 31), 1),
+        ((1, 1, 20, 24), 1100),
+        ((1, 1, 130, 70), 60),
+        ((1, 2, 1, 65), 33),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_are_those_of_the_cpu(
+    heatmaps: Path,
+    tmp_path: Path,
+    shape: tuple[int, ...],
+    n: int,
+    dtype: torch.dtype,
+    temperature: float,
+) -> None:
+    maps = blobs(shape[0] * shape[1], *shape[2:]).reshape(shape).to(dtype)
+    maps[0, -1, -1, -1] = torch.nan if n == 7 else -torch.inf
+    if n == 33:
+        maps[0, 0] = -1.0
+    arguments = n, temperature, 0.01, 0.25, 5, 3
+    expected = sample_ops.sample_heatmaps(maps, *arguments)
+    numbers = [dtype == torch.float64, *shape, n, 5, 3]
+    with open(tmp_path / "in", "wb") as file:
+        file.write(np.array(numbers, np.int64).tobytes())
+        threshold = float(torch.tensor(0.01, dtype=dtype))
+        file.write(np.array([threshold, temperature, 0.25]).tobytes() + maps.numpy().tobytes())
+    for seed in (0, 1):
+        done = execute(heatmaps, seed, tmp_path / "in", tmp_path / "out")
+        assert done.returncode == 0, done.stderr
+        raw = torch.frombuffer(bytearray((tmp_path / "out").read_bytes()), dtype=dtype)
+        sizes = [part.numel() for part in expected]
+        for ours, theirs in zip(raw.split(sizes), expected, strict=True):
+            torch.testing.assert_close(ours, theirs.flatten(), rtol=0, atol=0, equal_nan=True)

@@ -16,7 +16,7 @@ from fasthyp import _C
 from fasthyp._environment import backend
 from fasthyp.flows.program import FlowProgram, stamp
 from fasthyp.ops import coupling as ops
-from fasthyp.ops.coupling_cuda import UnsupportedOnCuda
+from fasthyp.ops._coupling_cuda import UnsupportedOnCuda
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import CouplingLayer, Layer, LinearLayer, Net
 

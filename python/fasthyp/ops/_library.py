@@ -58,6 +58,11 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def signed(seed: int) -> int:
+    """A 64-bit seed as the signed integer of an op's schema."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
 def current_stream(device: int) -> int:
     """PyTorch's current CUDA stream on that device, as an address."""
     return torch._C._cuda_getCurrentRawStream(device)

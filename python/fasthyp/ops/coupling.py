@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fasthyp import _C
 from fasthyp._environment import num_threads
-from fasthyp.ops import coupling_cuda
+from fasthyp.ops import _coupling_cuda
 from fasthyp.ops._coupling_steps import (
     ACTIVATIONS,
     CLAMPS,
@@ -30,7 +30,7 @@ from fasthyp.ops._coupling_steps import (
     double_bits,
     fold,
 )
-from fasthyp.ops._library import address, contiguous, define
+from fasthyp.ops._library import address, contiguous, define, signed
 from fasthyp.reference.coupling import Layer
 
 PRECISIONS = ("highest", "high", "medium")
@@ -84,7 +84,7 @@ class PackedFlow:
         if self.device.type == "cuda":
             if dtype != torch.float32:
                 raise TypeError(f"dtype: expected torch.float32 on CUDA, got {dtype}")
-            self.plan, self.packed = coupling_cuda.pack(
+            self.plan, self.packed = _coupling_cuda.pack(
                 steps, output_index, dim, cond_dim, precision, self.device
             )
         else:
@@ -107,19 +107,21 @@ class PackedFlow:
         image_offset: int = 0,
         fixed: Tensor | None = None,
         include_mode: bool = False,
+        counter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draws the latent and inverts it: x (B, M, D), log-density (B, M).
 
         The noise of latent dims 4 j to 4 j + 3 of hypothesis m of image b is Philox 4x32-10 with
         key ``seed`` and counter ``(j, m, image_offset + b, 0)``, made normal by Box-Muller.
         ``fixed`` (B, F) fills the last F latent dims; they are left out of the noise's density.
-        ``include_mode`` sets the noise of hypothesis 0 to zero.
+        ``include_mode`` sets the noise of hypothesis 0 to zero. ``counter``, int64 (2,) on the
+        flow's device, is added to seed and image offset: a captured CUDA graph reads it anew.
         """
         if batch is None:
             batch = 1 if cond is None else cond.shape[0]
         return coupling_sample(
             *(cond, fixed, self.packed, self.plan, batch, num_samples),
-            *(_signed(seed), image_offset, include_mode),
+            *(signed(seed), image_offset, include_mode, counter),
         )
 
 
@@ -214,11 +216,6 @@ def philox_normal(
 # --- ops ---
 
 
-def _signed(seed: int) -> int:
-    """A 64-bit seed as the signed integer of an op's schema."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
 def _check(
     plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int, dtype: torch.dtype
 ) -> None:
@@ -298,6 +295,7 @@ def _sample_cpu(
     seed: int,
     image_offset: int,
     include_mode: bool,
+    counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dim = int(plan[0])
     dtype = torch.float64 if int(plan[2]) == 1 else torch.float32
@@ -311,6 +309,9 @@ def _sample_cpu(
             raise ValueError(
                 f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
             )
+    if counter is not None:
+        _coupling_cuda.check_counter(counter)
+        seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
     out = torch.empty(batch, num_samples, dim, dtype=dtype)
     return _run(
         plan=plan,
@@ -336,6 +337,7 @@ def _sample_fake(
     seed: int,
     image_offset: int,
     include_mode: bool,
+    counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     # The width stands in the plan's values, which tracing does not know.
     dim = torch.library.get_ctx().new_dynamic_size()
@@ -389,14 +391,15 @@ coupling_flow = define(
     "coupling_flow(Tensor x, Tensor? cond, Tensor packed, Tensor plan, bool inverse)"
     " -> (Tensor, Tensor)",
     cpu=_flow_cpu,
-    cuda=coupling_cuda.flow if _C.cuda_archs is not None else None,
+    cuda=_coupling_cuda.flow if _C.cuda_archs is not None else None,
     fake=_flow_fake,
 )
 coupling_sample = define(
     "coupling_sample(Tensor? cond, Tensor? fixed, Tensor packed, Tensor plan, int batch,"
-    " int num_samples, int seed, int image_offset, bool include_mode) -> (Tensor, Tensor)",
+    " int num_samples, int seed, int image_offset, bool include_mode, Tensor? counter)"
+    " -> (Tensor, Tensor)",
     cpu=_sample_cpu,
-    cuda=coupling_cuda.sample if _C.cuda_archs is not None else None,
+    cuda=_coupling_cuda.sample if _C.cuda_archs is not None else None,
     fake=_sample_fake,
 )
 coupling_affine = define(

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthyp.reference.philox import philox4x32
+
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "tanh", "gelu", "gelu_tanh")
 CLAMP_ACTIVATIONS = ("atan", "tanh", "sigmoid", "atan_scaled", "tanh_scaled", "none")
 KINDS = ("affine", "additive", "gin")
@@ -396,7 +398,7 @@ def philox_normal(
         np.arange(groups, dtype=np.uint64),
         indexing="ij",
     )
-    words = _philox4x32([counters[2], counters[1], counters[0], np.zeros_like(counters[0])], seed)
+    words = philox4x32([counters[2], counters[1], counters[0], np.zeros_like(counters[0])], seed)
     normals = []
     for a, b in (words[:2], words[2:]):
         radius = np.sqrt(-2.0 * np.log((a.astype(np.float64) + 0.5) / 2.0**32))
@@ -406,20 +408,3 @@ def philox_normal(
     if include_mode:
         values[:, :1] = 0.0
     return torch.from_numpy(values.astype(np.float32))
-
-
-def _philox4x32(counter: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    mask = np.uint64(0xFFFFFFFF)
-    shift = np.uint64(32)
-    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
-    for _ in range(10):
-        p0 = np.uint64(0xD2511F53) * counter[0]
-        p1 = np.uint64(0xCD9E8D57) * counter[2]
-        counter = [
-            (p1 >> shift) ^ counter[1] ^ np.uint64(key[0]),
-            p1 & mask,
-            (p0 >> shift) ^ counter[3] ^ np.uint64(key[1]),
-            p0 & mask,
-        ]
-        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter

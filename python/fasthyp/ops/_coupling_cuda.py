@@ -44,6 +44,8 @@ _OPERATIONS = {"net": 0, "couple": 1, "linear": 2}
 _COLUMNS = 48  # outputs of a last layer that a warp holds at a time
 _UNIT_BYTES = 512
 _ALIGN = 64
+_SCRATCH_BYTES = 256 << 20
+"""Memory for what a round of rows needs between launches; more rows go in several rounds."""
 
 
 class UnsupportedOnCuda(ValueError):
@@ -131,7 +133,8 @@ class _Packer:
             *(self.bytes, self.dim, self.cond_dim, _up(self.cond_dim, 4), self.precision),
             *(self.hoisted, weight, bias, self.hidden, self.buffers, self.kept_buffers),
             *(self.raw, self.steps, self.units),
-            *(int(any(not step.diagonal for step in linears)), output, double_bits(log_det)),
+            *(int(any(not step.diagonal for step in linears)), output, _SCRATCH_BYTES),
+            double_bits(log_det),
         ]
         for direction in launches:
             numbers += [len(direction), *(n for launch in direction for n in launch)]
@@ -414,10 +417,15 @@ def sample(
     seed: int,
     image_offset: int,
     include_mode: bool,
+    counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Draws latents and inverts them: x (B, M, D), log-density (B, M)."""
     dim = _check(plan, packed)
     _check_cond(plan, packed, cond, batch)
+    if counter is not None:
+        check_counter(counter)
+    if counter is not None and counter.device != packed.device:
+        raise ValueError(f"counter: expected on {packed.device}, got it on {counter.device}")
     if fixed is not None:
         _check_float("fixed", fixed, packed)
         if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
@@ -429,9 +437,17 @@ def sample(
         *(plan, packed, True, None, cond, out),
         seed=seed,
         image_offset=image_offset,
+        counter=counter,
         fixed=fixed,
         include_mode=include_mode,
     )
+
+
+def check_counter(counter: Tensor) -> None:
+    if counter.dtype != torch.int64 or tuple(counter.shape) != (2,):
+        raise ValueError(
+            f"counter: expected int64 of shape (2,), got {counter.dtype} {tuple(counter.shape)}"
+        )
 
 
 def _check(plan: Tensor, packed: Tensor) -> int:
@@ -476,6 +492,7 @@ def _run(
     out: Tensor,
     seed: int = 0,
     image_offset: int = 0,
+    counter: Tensor | None = None,
     fixed: Tensor | None = None,
     include_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -491,7 +508,8 @@ def _run(
     _C.coupling_cuda_run(
         *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse, batch, samples),
         *(address(x), address(cond), out.data_ptr(), log_det.data_ptr()),
-        *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(fixed)),
-        *(0 if fixed is None else fixed.shape[1], include_mode, device, current_stream(device)),
+        *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(counter)),
+        *(address(fixed), 0 if fixed is None else fixed.shape[1], include_mode),
+        *(device, current_stream(device)),
     )
     return out, log_det
