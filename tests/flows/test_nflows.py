@@ -257,6 +257,15 @@ def test_batch_norms_and_dropout_in_training() -> None:
 
 
 @torch.no_grad()
+def test_the_sampler_takes_a_flow_before_its_first_batch() -> None:
+    flow = flows.ConditionalGlow(9, 16, 2, 1, context_features=6)
+    context = torch.randn(5, 6)
+    x = HypothesisSampler(flow)(context, 3, seed=1)
+    assert flow.training
+    assert torch.equal(HypothesisSampler(flow.eval())(context, 3, seed=1), x)
+
+
+@torch.no_grad()
 def test_the_first_batch_sets_the_act_norms() -> None:
     flow = flows.ConditionalGlow(9, 16, 1, 1, context_features=6)
     x, context = torch.randn(50, 9), torch.randn(50, 6)
