@@ -12,7 +12,7 @@ from fasthyp._seed import check_int, resolve_seed
 from fasthyp.flows.accelerate import shared_clone
 from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.program import FlowProgram
+from fasthyp.flows.program import FlowProgram, UninitializedFlow
 from fasthyp.reference.coupling import standard_normal_log_prob
 
 
@@ -24,14 +24,16 @@ class HypothesisSampler:
     ``num_samples``, the number of threads or the split into batches.
 
     Args:
-        flow: a FrEIA ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` or
-            ``GLOWCouplingBlock``, accelerated or not, or a :class:`fasthyp.flows.FlowProgram`
-            (whose opaque subnets run in the mode that they are in).
+        flow: what :func:`fasthyp.flows.describe` takes: a FrEIA ``GraphINN``, ``SequenceINN`` or
+            coupling block, an nflows ``Flow``, a :class:`fasthyp.flows.ConditionalGlow`, a
+            RealNVP of POCO, accelerated or not; or a :class:`fasthyp.flows.FlowProgram` (whose
+            opaque subnets run in the mode that they are in).
         precision: ``"highest"``, ``"high"`` or ``"medium"``.
 
     Raises:
         TypeError: ``flow`` is none of these.
-        UnsupportedFlow: the flow is not a chain of GLOW couplings and permutations of vectors.
+        UnsupportedFlow: no program describes the flow, or its base distribution is another; the
+            message says why.
         ValueError: unknown precision.
     """
 
@@ -40,7 +42,7 @@ class HypothesisSampler:
         self.precision = precision
         source = flow if isinstance(flow, FlowProgram) else partial(describe, flow)
         self._executor = FlowExecutor(source, precision)
-        _ = self._executor.program  # an unsuitable flow is refused here
+        self._eval_mode()  # an unsuitable flow is refused here
 
     def __call__(
         self,
@@ -126,14 +128,18 @@ class HypothesisSampler:
     def _eval_mode(self) -> tuple[FlowExecutor, FlowProgram, Tensor]:
         """The flow as it is in eval mode, its program, and a tensor with its dtype and device."""
         executor, flow = self._executor, self.flow
-        program, like = executor.program_and_like()
-        # Plain MLPs have no modes, and active dropout makes a subnet opaque.
-        modes = (part.training for subnet in program.opaque for part in subnet.modules())
-        if any(modes) and isinstance(flow, nn.Module):
-            # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
-            executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
+        try:
             program, like = executor.program_and_like()
-        return executor, program, like
+            # Active dropout and batch statistics make a subnet opaque; the others have no modes.
+            modes = (part.training for subnet in program.opaque for part in subnet.modules())
+            if not any(modes) or isinstance(flow, FlowProgram):
+                return executor, program, like
+        except UninitializedFlow:
+            if isinstance(flow, FlowProgram) or not flow.training:
+                raise
+        # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
+        executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
+        return executor, *executor.program_and_like()
 
 
 def _conditions(

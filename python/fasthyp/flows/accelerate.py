@@ -177,7 +177,8 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
             reason = f"runs as a torch module: {subnet.reason}"
             report.add(f"{name}.{subname}" if name else subname, subkind, False, reason)
         if not opaque and isinstance(step.kind, AffineKind) and step.kind.clamp_fn is not None:
-            subname = f"{name}.{step.name}" if name else step.name
+            subname = next(found for found in names.values() if found.endswith(step.name))
+            subname = f"{name}.{subname}" if name else subname
             report.add(subname, "clamp", False, "a clamp function without a fused form: reference")
     return True
 
