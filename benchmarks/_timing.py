@@ -84,6 +84,7 @@ def machine() -> dict[str, Any]:
     """Where a figure comes from."""
     return {
         "processor": _processor(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": _C.simd_level(),

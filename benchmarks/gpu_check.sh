@@ -43,6 +43,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not on PATH: left out"
 fi
+step "benchmark coupling" python benchmarks/bench_coupling_cuda.py --json "$results/gpu_coupling.json"
 step "benchmark gaussian_fit" python benchmarks/bench_gaussian_fit.py --json "$results/gpu_gaussian_fit.json"
 step "benchmark heatmaps" python benchmarks/bench_heatmaps.py --json "$results/gpu_heatmaps.json"
 
