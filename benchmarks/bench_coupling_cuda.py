@@ -1,4 +1,4 @@
-"""Hypotheses of coupling flows on a GPU: fasthyp against FrEIA, eager and compiled with CUDA graphs.
+"""Hypotheses of coupling flows on a GPU: fasthyp against FrEIA, eager and compiled.
 
     python benchmarks/bench_coupling_cuda.py [--json FILE] [--seconds S] [--no-compile]
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from math import ceil
 from typing import Any
 
 import torch
@@ -60,14 +61,14 @@ def weights_us(dim: int, hidden: tuple[int, ...], rows: int, precision: str) -> 
     properties = torch.cuda.get_device_properties(0)
     processors = properties.multi_processor_count
     weights = hoisted_flop(dim, hidden, 1) / 2 * OPERAND_BYTES[precision]
-    tiles = -(-rows // 16)
+    tiles = ceil(rows / 16)
     if tiles > 2 * processors:
-        share = -(-(-(-rows // 32)) // processors)
+        share = ceil(ceil(rows / 32) / processors)
     else:
         split = 1
         while properties.major >= 9 and split < 8 and tiles * split * 2 <= processors:
             split *= 2
-        share = -(-tiles // processors) / split
+        share = ceil(tiles / processors) / split
     clock = getattr(properties, "clock_rate", 1_755_000) * 1e3
     return weights * share / BYTES_PER_CLOCK / clock * 1e6
 
