@@ -165,7 +165,7 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
         report.add(name, kind, False, f"runs its own forward: {error}")
         return False
     if not isinstance(part, FusedFlow):
-        how = "not accelerated" if _fused_class(part) else "a subclass, which is not accelerated"
+        how = "not accelerated" if _fused_class(part) else "no fused form of this class"
         report.add(name, kind, False, f"{how}: runs its own forward")
         return False
     report.add(name, kind, *part.flow().explain())
