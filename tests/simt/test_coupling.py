@@ -129,8 +129,8 @@ def test_activations_and_clamps(
 @pytest.mark.parametrize(
     ("batch", "samples", "dim", "cond_dim"),
     [
-        (1, 1, 2, 1),  # 1 row: the hidden units go to a cluster of four blocks
-        (1, 15, 48, 56),  # a tile less one, a tile, one more: clusters of two
+        (1, 1, 2, 1),
+        (1, 15, 48, 56),  # a tile less one, a tile, one more
         (1, 16, 13, 0),
         (1, 17, 39, 17),
         (3, 7, 39, 17),  # tiles with rows of several images
@@ -145,6 +145,15 @@ def test_shapes(
 ) -> None:
     layers, index = random_layers(dim, cond_dim, count=2)
     check(program, tmp_path, layers, index, *random_inputs(batch, samples, dim, cond_dim))
+
+
+@pytest.mark.parametrize("samples", [1, 20])
+def test_clusters(program: Path, tmp_path: Path, samples: int) -> None:
+    """Four blocks to a tile, or two; hidden units enough for all their warps."""
+    layers, index = random_layers(10, 6, hidden=530, count=3)
+    check(program, tmp_path, layers, index, *random_inputs(1, samples, 10, 6))
+    layers, index = random_layers(60, 6, hidden=300, count=2)  # several groups of outputs
+    check(program, tmp_path, layers, index, *random_inputs(1, samples, 60, 6), ("high",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
