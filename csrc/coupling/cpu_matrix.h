@@ -142,6 +142,7 @@ struct Block {  // arguments of one block of outputs over one chunk of inputs, f
 template <class P, int NB, int R, Store kStore>
 int row_groups(const Block<P>& b, int row, int rows) {
   if constexpr (R <= kRows<NB>) {
+    if (row + R > rows) return row;
     const std::byte* ahead = nullptr;
     std::ptrdiff_t stride = 0, share = 0;
     if constexpr (kFetches<R>) {  // each row fetches its share of the next weights
