@@ -53,8 +53,8 @@ def test_is_what_the_parts_give(model: LiftingFlow, observations: Observations) 
     assert fit.converged.all()
     with torch.no_grad():
         cond = model.condition(fit.amplitude, fit.mean, fit.covariance, (SIZE, SIZE))
-        x, _ = HypothesisSampler(model.flow)(cond, 40, seed=3, return_log_prob=True)
-        pose = model.to_pose(x)
+        x = HypothesisSampler(model.flow)(cond, 41, seed=3, include_mode=True)
+        pose = model.to_pose(x[:, 1:])  # after the mode
         log_prob = model.log_prob(pose, cond)
         mode = model.to_pose(model.flow(torch.zeros(5, 39), c=[cond], rev=True)[0])
     close = {"rtol": 1e-4, "atol": 0.02}

@@ -13,6 +13,7 @@ from fasthyp import _C
 
 if TYPE_CHECKING:
     from fasthyp import flows, models, viz
+    from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
     from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
     from fasthyp.sampling import HypothesisSampler
@@ -24,6 +25,8 @@ _HOME = {
     "explain": "fasthyp.flows.accelerate",
     "restore": "fasthyp.flows.accelerate",
     "HypothesisSampler": "fasthyp.sampling",
+    "PoseEstimate": "fasthyp.estimator",
+    "PoseEstimator": "fasthyp.estimator",
     "GaussianFit": "fasthyp.heatmaps",
     "fit_gaussians": "fasthyp.heatmaps",
     "heatmap_argmax": "fasthyp.heatmaps",
@@ -34,6 +37,8 @@ _MODULES = ("flows", "models", "viz")
 __all__ = [
     "GaussianFit",
     "HypothesisSampler",
+    "PoseEstimate",
+    "PoseEstimator",
     "accelerate",
     "explain",
     "fit_gaussians",

@@ -19,18 +19,16 @@ import torch
 from torch import Tensor
 
 from fasthyp import __version__
-from fasthyp.heatmaps import GaussianFit, fit_gaussians
+from fasthyp._graphs import Noise
+from fasthyp._seed import check_int
+from fasthyp.estimator import PoseEstimator, is_fitted
+from fasthyp.heatmaps import GaussianFit
 from fasthyp.models.lifting import LiftingFlow
-from fasthyp.observations import GRID, JOINTS, Gaussians, Observations
-from fasthyp.sampling import HypothesisSampler
+from fasthyp.observations import JOINTS, Gaussians, Observations
 from fasthyp.skeleton import COCO13_JOINTS
 
 BATCH_SIZE = 16
-"""Persons at a time. The hypotheses do not depend on it."""
-
-# What stands in for a joint whose heatmap could not be fitted: about the faintest and widest blob
-# that the model knows, in cells of a 64 x 64 map.
-_UNSEEN_AMPLITUDE, _UNSEEN_STD = 0.13, 10.0
+"""Persons at a time. The hypotheses do not depend on it (on a GPU: but for rounding)."""
 
 
 @dataclass(frozen=True)
@@ -124,49 +122,32 @@ def estimate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    check_int("seed", seed, 0, 2**64)
+    check_int("first", first, 0, 2**32 - len(observations))
     device = model.centre.device
     clock = _Clock(device)
-    sampler = HypothesisSampler(model.flow, precision=precision)
+    estimator = PoseEstimator(model, num_samples, precision)
     parts: list[list[Tensor]] = []
     fits: list[GaussianFit] = []
     for start in range(0, len(observations), batch_size):
         stop = min(start + batch_size, len(observations))
         with clock("fit"):
             if observations.heatmaps is not None:
-                fit = fit_gaussians(observations.heatmaps[start:stop].to(device))
+                fit = estimator.fit(observations.heatmaps[start:stop].to(device))
                 fits.append(GaussianFit(*(values.cpu() for values in fit)))
                 given = Gaussians(fit.amplitude, fit.mean, fit.covariance)
-                observed = fit.converged & _finite(given)
+                observed = is_fitted(fit)
             else:
                 assert observations.gaussians is not None
                 given = Gaussians(*(x[start:stop].to(device) for x in observations.gaussians))
                 observed = torch.ones(stop - start, JOINTS, dtype=torch.bool, device=device)
+        _check_observed(observed, first + start)
         with clock("condition"), torch.no_grad():
-            filled = _fill_unseen(given, observed, observations.size, first + start)
-            # One person at a time: a matrix product of another size rounds otherwise.
-            cond = torch.cat(
-                [
-                    model.condition(
-                        *(filled.amplitude[i : i + 1], filled.mean[i : i + 1]),
-                        *(filled.covariance[i : i + 1], observations.size),
-                    )
-                    for i in range(stop - start)
-                ]
-            )
+            cond = estimator.condition(given, observed, observations.size)
         with clock("sample"), torch.no_grad():
-            x, log_prob = sampler(
-                cond, num_samples, seed=seed, image_offset=first + start, return_log_prob=True
-            )
-            at_mode = sampler(cond, 1, seed=seed, include_mode=True)
-            assert isinstance(at_mode, Tensor)
-            x = torch.cat([at_mode, x], 1)
-            poses = 1000 * torch.stack([model.to_pose(rows) for rows in x])
-            mode, poses = poses[:, 0], poses[:, 1:]
+            noise = Noise(seed, first + start)
+            poses, log_prob, mode, _, std, covariance = estimator.sample(cond, noise)
             _check_finite(poses, first + start)
-            centred = poses - poses.mean(1, keepdim=True)
-            covariance = torch.einsum("bmjx,bmjy->bjxy", centred, centred) / num_samples
-            std = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
-        log_prob = log_prob + model.log_det_whiten
         results = (poses, log_prob, mode, std, covariance, observed)
         parts.append([x.cpu() for x in (*results, *given)])
         progress(stop - start)
@@ -199,6 +180,14 @@ def check_memory(persons: int, num_samples: int) -> None:
         )
 
 
+def _check_observed(observed: Tensor, first: int) -> None:
+    nothing = (~observed.any(1)).nonzero()
+    if len(nothing):
+        raise ValueError(
+            f"heatmaps: none of person {first + int(nothing[0])}'s heatmaps could be fitted"
+        )
+
+
 def _check_finite(poses: Tensor, first: int) -> None:
     bad = (~poses.isfinite().flatten(1).all(1)).nonzero()
     if len(bad):
@@ -219,32 +208,3 @@ class _Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def _finite(gaussians: Gaussians) -> Tensor:
-    """(P, 13): all numbers of the joint are."""
-    amplitude, mean, covariance = gaussians
-    return amplitude.isfinite() & mean.isfinite().all(-1) & covariance.isfinite().flatten(2).all(-1)
-
-
-def _fill_unseen(
-    gaussians: Gaussians, observed: Tensor, size: tuple[int, int], first: int
-) -> Gaussians:
-    """Wide blobs about the mean of the observed joints in place of the others."""
-    nothing = (~observed.any(1)).nonzero()
-    if len(nothing):
-        raise ValueError(
-            f"heatmaps: none of person {first + int(nothing[0])}'s heatmaps could be fitted"
-        )
-    if observed.all():
-        return gaussians
-    seen = observed[..., None]
-    mean = torch.where(seen, gaussians.mean, 0.0)
-    centre = mean.sum(1, keepdim=True) / seen.sum(1, keepdim=True)
-    std = _UNSEEN_STD * max(size) / GRID
-    wide = std**2 * torch.eye(2, dtype=mean.dtype, device=mean.device)
-    return Gaussians(
-        torch.where(observed, gaussians.amplitude, _UNSEEN_AMPLITUDE),
-        torch.where(seen, mean, centre),
-        torch.where(seen[..., None], gaussians.covariance, wide),
-    )

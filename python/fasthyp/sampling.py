@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasthyp._graphs import GraphCache, Noise
 from fasthyp._seed import check_int, resolve_seed
 from fasthyp.flows.accelerate import shared_clone
 from fasthyp.flows.describe import describe
-from fasthyp.flows.executor import FlowExecutor
+from fasthyp.flows.executor import FlowExecutor, Plan
 from fasthyp.flows.program import FlowProgram, UninitializedFlow
 from fasthyp.reference.coupling import standard_normal_log_prob
 
@@ -26,21 +28,30 @@ class HypothesisSampler:
     Args:
         flow: what :func:`fasthyp.flows.describe` takes: a FrEIA ``GraphINN``, ``SequenceINN`` or
             coupling block, an nflows ``Flow``, a :class:`fasthyp.flows.ConditionalGlow`, a
-            RealNVP of POCO, accelerated or not; or a :class:`fasthyp.flows.FlowProgram` (whose
-            opaque subnets run in the mode that they are in).
+            RealNVP of POCO, accelerated or not; or a :class:`fasthyp.flows.FlowProgram` or a
+            function that returns one (their opaque subnets run in the mode that they are in).
         precision: ``"highest"``, ``"high"`` or ``"medium"``.
+        graph: on a CUDA device, calls of one shape are captured in a CUDA graph: ``"auto"`` from
+            the second call on, ``True`` from the first, ``False`` never. Changed weights are
+            noticed and captured anew.
 
     Raises:
         TypeError: ``flow`` is none of these.
         UnsupportedFlow: no program describes the flow, or its base distribution is another; the
             message says why.
-        ValueError: unknown precision.
+        ValueError: unknown precision or graph.
     """
 
-    def __init__(self, flow: nn.Module | FlowProgram, precision: str = "high") -> None:
+    def __init__(
+        self,
+        flow: nn.Module | FlowProgram | Callable[[], FlowProgram],
+        precision: str = "high",
+        graph: bool | str = "auto",
+    ) -> None:
         self.flow = flow
         self.precision = precision
-        source = flow if isinstance(flow, FlowProgram) else partial(describe, flow)
+        self._graphs = GraphCache(graph)
+        source = flow if isinstance(flow, FlowProgram) else partial(_program, flow)
         self._executor = FlowExecutor(source, precision)
         self._eval_mode()  # an unsuitable flow is refused here
 
@@ -79,7 +90,8 @@ class HypothesisSampler:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what came.
         """
-        executor, program, like = self._eval_mode()
+        executor, plan = self._eval_mode()
+        program, like = plan.program, plan.like
         conditions = _conditions(cond, program.cond_dims, like)
         batch = conditions.shape[0] if conditions is not None else None
         noise_dim = program.dim
@@ -96,15 +108,10 @@ class HypothesisSampler:
         if num_samples is not None:
             check_int("num_samples", num_samples, 1, 2**32)
 
+        noise = Noise()
         if z is None:
-            x, log_prob = executor.sample(
-                conditions,
-                1000 if num_samples is None else num_samples,
-                resolve_seed(seed, generator),
-                image_offset=image_offset,
-                fixed=fixed,
-                include_mode=include_mode,
-            )
+            num_samples = 1000 if num_samples is None else num_samples
+            noise = Noise(resolve_seed(seed, generator), image_offset)
         else:
             if seed is not None or generator is not None or include_mode:
                 raise ValueError("z: given latents leave nothing to seed, generator, include_mode")
@@ -116,30 +123,74 @@ class HypothesisSampler:
             )
             if tuple(z.shape) != expected or not z.shape[1]:
                 raise ValueError(f"z: expected shape {expected}, got {tuple(z.shape)}")
+
+        def draw(
+            cond: Tensor | None, fixed: Tensor | None, z: Tensor | None, noise: Noise
+        ) -> tuple[Tensor, ...]:
+            if z is None:
+                assert num_samples is not None
+                x, log_prob = executor.sample(
+                    *(cond, num_samples, noise.seed, noise.image_offset, fixed),
+                    *(include_mode, noise.counter),
+                )
+                return (x, log_prob) if return_log_prob else (x,)
             latent = z
             if fixed is not None:
                 latent = torch.cat([z, fixed[:, None].expand(-1, z.shape[1], -1)], -1)
-            with torch.no_grad():
-                x, log_jac = executor.inverse(latent, conditions)
-                if return_log_prob:
-                    log_prob = standard_normal_log_prob(z) - log_jac
-        return (x, log_prob) if return_log_prob else x
+            x, log_jac = executor.inverse(latent, cond)
+            return (x, standard_normal_log_prob(z) - log_jac) if return_log_prob else (x,)
 
-    def _eval_mode(self) -> tuple[FlowExecutor, FlowProgram, Tensor]:
-        """The flow as it is in eval mode, its program, and a tensor with its dtype and device."""
+        inputs = (conditions, fixed, z)
+        given = [tensor for tensor in inputs if tensor is not None] or [like.detach()]
+        with torch.no_grad():
+            results = self._graphs(
+                *(draw, inputs, noise, like.device),
+                key=(num_samples, include_mode, return_log_prob),
+                version=partial(executor.whole, plan, given),
+            )
+        return (results[0], results[1]) if return_log_prob else results[0]
+
+    def _eval_mode(self) -> tuple[FlowExecutor, Plan]:
+        """The flow as it is in eval mode."""
         executor, flow = self._executor, self.flow
         try:
-            program, like = executor.program_and_like()
+            plan = executor.current_plan()
             # Active dropout and batch statistics make a subnet opaque; the others have no modes.
-            modes = (part.training for subnet in program.opaque for part in subnet.modules())
-            if not any(modes) or isinstance(flow, FlowProgram):
-                return executor, program, like
+            modes = (part.training for subnet in plan.program.opaque for part in subnet.modules())
+            if not any(modes) or not isinstance(flow, nn.Module):
+                return executor, plan
         except UninitializedFlow:
-            if isinstance(flow, FlowProgram) or not flow.training:
+            if not isinstance(flow, nn.Module) or not flow.training:
                 raise
         # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
         executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
-        return executor, *executor.program_and_like()
+        return executor, executor.current_plan()
+
+
+def _program(flow: nn.Module | Callable[[], FlowProgram]) -> FlowProgram:
+    if isinstance(flow, nn.Module) or not callable(flow):
+        return describe(flow)
+    program = flow()
+    if not isinstance(program, FlowProgram):
+        raise TypeError(f"flow: expected to return a FlowProgram, got {type(program).__name__}")
+    return program
+
+
+class SamplerCache:
+    """One sampler of a module's flow for each precision. A copied or unpickled one is empty."""
+
+    def __init__(self) -> None:
+        self._samplers: dict[str, HypothesisSampler] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SamplerCache, ()
+
+    def get(self, flow: Any, precision: str) -> HypothesisSampler:
+        """The sampler of ``flow``, made where there is none yet."""
+        sampler = self._samplers.get(precision)
+        if sampler is None or sampler.flow != flow:
+            sampler = self._samplers[precision] = HypothesisSampler(flow, precision)
+        return sampler
 
 
 def _conditions(

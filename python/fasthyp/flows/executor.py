@@ -31,7 +31,7 @@ def check_precision(precision: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
+class Plan:
     """A program simplified for the present values of its permutations."""
 
     program: FlowProgram
@@ -47,7 +47,7 @@ class _Plan:
 class _Packed:
     """A plan packed for the present values of its weights."""
 
-    plan: _Plan
+    plan: Plan
     stamp: Any
     segments: tuple[ops.PackedFlow | Layer, ...]
     why: str | None = None  # the kernels do not run it
@@ -82,7 +82,7 @@ class FlowExecutor:
 
     def clear(self) -> None:
         """Forget everything derived from the module."""
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._packed: _Packed | None = None
         self._lock = threading.Lock()
 
@@ -95,12 +95,25 @@ class FlowExecutor:
     @property
     def program(self) -> FlowProgram:
         """The program of the module as it is now."""
-        return self._current_plan().program
+        return self.current_plan().program
 
-    def program_and_like(self) -> tuple[FlowProgram, Tensor]:
-        """The program, and a tensor that has the dtype and device of the flow."""
-        plan = self._current_plan()
-        return plan.program, plan.like
+    def current_plan(self) -> Plan:
+        """The program of the module as it is now, simplified."""
+        plan = self._plan
+        if plan is not None and plan.program.watch.unchanged():
+            now = stamp(plan.indices)
+            if now is not None and plan.index_stamp == now:
+                return plan
+            program = plan.program
+        elif isinstance(self.source, FlowProgram):
+            old = self.source
+            program = FlowProgram(old.dim, old.cond_dims, old.steps, inverted=old.inverted)
+        else:
+            program = self.source()
+        indices, weights = program.indices(), program.tensors()
+        like = next(iter(weights or program.opaque_tensors()), torch.empty(0))
+        self._plan = plan = Plan(program, indices, stamp(indices), *program.layers(), weights, like)
+        return plan
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data x (B, M, D), condition (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
@@ -119,20 +132,22 @@ class FlowExecutor:
         image_offset: int = 0,
         fixed: Tensor | None = None,
         include_mode: bool = False,
+        counter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw hypotheses: x (B, M, D) and log p(x) (B, M), without gradients.
 
         The noise of a hypothesis depends on ``seed``, the image's number (``image_offset`` + its
         place in the batch) and its own number alone. ``fixed`` (B, F) fills the last F latent
-        dims; the density is then that of the noise dims. Without conditions B is 1.
+        dims; the density is then that of the noise dims. Without conditions B is 1. ``counter``,
+        int64 (2,) on the flow's device, is added to seed and image offset.
         """
-        plan = self._current_plan()
+        plan = self.current_plan()
         like = next((t for t in (cond, fixed) if t is not None), None)
         like = plan.like.new_empty(1, 0) if like is None else like
         batch, dim = like.shape[0], plan.program.dim
-        packed = self._fused(plan, [like])
-        if isinstance(packed, _Packed) and packed.whole is not None and not plan.program.inverted:
-            return packed.whole.sample(
+        whole = self.whole(plan, [like])
+        if isinstance(whole, ops.PackedFlow):
+            return whole.sample(
                 cond,
                 num_samples,
                 seed,
@@ -140,7 +155,10 @@ class FlowExecutor:
                 image_offset=image_offset,
                 fixed=fixed,
                 include_mode=include_mode,
+                counter=counter,
             )
+        if counter is not None:
+            seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
         noise_dim = dim - (0 if fixed is None else fixed.shape[1])
         normal = reference.philox_normal if backend() == "reference" else ops.philox_normal
         z = normal(batch, num_samples, noise_dim, seed, image_offset, include_mode).to(like)
@@ -150,9 +168,22 @@ class FlowExecutor:
         x, log_jac = self.inverse(z, cond)
         return x, log_noise - log_jac
 
+    def whole(self, plan: Plan, inputs: list[Tensor]) -> ops.PackedFlow | str:
+        """The packed flow that is all that :meth:`sample` runs on such inputs (another object once
+        a weight has changed), or why there is none."""
+        with torch.no_grad():
+            packed = self._fused(plan, inputs)
+        if isinstance(packed, str):
+            return packed
+        if packed.whole is None:
+            return "not every subnet has a form and a clamp that the kernels know"
+        if plan.program.inverted:
+            return "its steps lead from latent to data"
+        return packed.whole
+
     def explain(self) -> tuple[bool, str]:
         """Whether calls without gradients are fused, and a sentence that says why or why not."""
-        plan = self._current_plan()
+        plan = self.current_plan()
         with torch.no_grad():
             packed = self._fused(plan, [plan.like.detach()])
         if isinstance(packed, str):
@@ -172,7 +203,7 @@ class FlowExecutor:
     # ------------------------------------------------------------------------------------------
 
     def _run(self, state: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        plan = self._current_plan()
+        plan = self.current_plan()
         _check_inputs(plan, state, cond, "z" if inverse else "x")
         inverse = inverse != plan.program.inverted
         packed = self._fused(plan, [state] if cond is None else [state, cond])
@@ -183,26 +214,7 @@ class FlowExecutor:
             return (packed.whole.inverse if inverse else packed.whole.forward)(state, cond)
         return _run_segments(packed, state, cond, inverse)
 
-    def _current_plan(self) -> _Plan:
-        plan = self._plan
-        if plan is not None and plan.program.watch.unchanged():
-            now = stamp(plan.indices)
-            if now is not None and plan.index_stamp == now:
-                return plan
-            program = plan.program
-        elif isinstance(self.source, FlowProgram):
-            old = self.source
-            program = FlowProgram(old.dim, old.cond_dims, old.steps, inverted=old.inverted)
-        else:
-            program = self.source()
-        indices, weights = program.indices(), program.tensors()
-        like = next(iter(weights or program.opaque_tensors()), torch.empty(0))
-        self._plan = plan = _Plan(
-            program, indices, stamp(indices), *program.layers(), weights, like
-        )
-        return plan
-
-    def _fused(self, plan: _Plan, inputs: list[Tensor]) -> _Packed | str:
+    def _fused(self, plan: Plan, inputs: list[Tensor]) -> _Packed | str:
         """The packed flow, or why this call cannot run on the kernels."""
         why = _why_reference(plan, inputs)
         if why:
@@ -227,7 +239,7 @@ class FlowExecutor:
         return packed.why or packed
 
 
-def _check_inputs(plan: _Plan, state: Tensor, cond: Tensor | None, name: str) -> None:
+def _check_inputs(plan: Plan, state: Tensor, cond: Tensor | None, name: str) -> None:
     dim, cond_dim = plan.program.dim, plan.program.cond_dim
     if not isinstance(state, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
@@ -252,7 +264,7 @@ def _check_inputs(plan: _Plan, state: Tensor, cond: Tensor | None, name: str) ->
             raise TypeError(f"{what}: expected {like.dtype} as the parameters, got {tensor.dtype}")
 
 
-def _why_reference(plan: _Plan, inputs: list[Tensor]) -> str | None:
+def _why_reference(plan: Plan, inputs: list[Tensor]) -> str | None:
     if backend() == "reference":
         return "FASTHYP_BACKEND=reference"
     if torch.compiler.is_compiling():
@@ -296,7 +308,7 @@ def _fusible(layer: Layer) -> bool:
     return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 
-def _pack(plan: _Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
+def _pack(plan: Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
     """Runs of fusible layers become packed flows; the others stay as they are.
 
     A single packed flow ends with the output index; several work on the bare state.

@@ -24,6 +24,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fasthyp._files import replacing
+from fasthyp.flows.describe import describe
+from fasthyp.flows.program import FlowProgram, Linear
+from fasthyp.reference.coupling import LinearMap
+from fasthyp.sampling import SamplerCache
 from fasthyp.skeleton import COCO13_JOINTS
 
 JOINTS = len(COCO13_JOINTS)
@@ -120,6 +124,7 @@ class LiftingFlow(nn.Module):
         self.register_buffer("unwhiten", torch.eye(DIMS))
         self.register_buffer("feature_mean", torch.zeros(FEATURES))
         self.register_buffer("feature_std", torch.ones(FEATURES))
+        self._samplers = SamplerCache()
 
     # -- standardisation ---------------------------------------------------------------------
 
@@ -172,7 +177,8 @@ class LiftingFlow(nn.Module):
             size: (H, W) of the heatmap.
 
         Raises:
-            ValueError: a wrong shape, an empty size, or a NaN or infinite value.
+            ValueError: a wrong shape, an empty size, or, on a CPU, a NaN or infinite value (on a
+                GPU, to look would be to wait).
         """
         batch = amplitude.shape[0] if amplitude.ndim else 0
         for name, value, tail in (
@@ -185,7 +191,7 @@ class LiftingFlow(nn.Module):
                 raise ValueError(f"{name}: expected ({expected}), got {tuple(value.shape)}")
             if not value.is_floating_point():
                 raise TypeError(f"{name}: expected a floating point tensor, got {value.dtype}")
-            if not torch.isfinite(value).all():
+            if value.device.type == "cpu" and not torch.isfinite(value).all():
                 raise ValueError(f"{name}: expected finite values, got NaN or infinity")
         height, width = size
         if height < 1 or width < 1:
@@ -233,6 +239,15 @@ class LiftingFlow(nn.Module):
 
     # -- density and samples -----------------------------------------------------------------
 
+    def program(self) -> FlowProgram:
+        """The whole flow as data, standardisation included: from the 39 numbers of a pose in metres
+        to the latent."""
+        program = describe(self.flow)
+        standardise = Linear((self.whiten, self.unwhiten, self.centre), _standardise)
+        program.steps = (standardise, *program.steps)
+        program.watch.module(self)
+        return program
+
     def log_prob(self, pose: Tensor, cond: Tensor) -> Tensor:
         """Log-density in nats (B, M) of poses (B, M, 13, 3) in metres under conditions (B, C).
 
@@ -268,14 +283,11 @@ class LiftingFlow(nn.Module):
             return_log_prob: also return the log-density in nats (B, M), as :meth:`log_prob`.
             precision: of :class:`fasthyp.HypothesisSampler`.
         """
-        from fasthyp.sampling import HypothesisSampler
-
-        sampler = HypothesisSampler(self.flow, precision=precision)
-        x, log_prob = sampler(
+        x, log_prob = self._samplers.get(self.program, precision)(
             cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
         )
-        pose = self.to_pose(x)
-        return (pose, log_prob + self.log_det_whiten) if return_log_prob else pose
+        pose = x.unflatten(-1, (JOINTS, 3))
+        return (pose, log_prob) if return_log_prob else pose
 
     # -- files -------------------------------------------------------------------------------
 
@@ -340,6 +352,10 @@ class LiftingFlow(nn.Module):
                 )
         model.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()})
         return model.eval()
+
+
+def _standardise(whiten: Tensor, unwhiten: Tensor, centre: Tensor) -> LinearMap:
+    return LinearMap(whiten, -whiten @ centre, torch.linalg.slogdet(whiten)[1], unwhiten)
 
 
 def _weights_path(path: str | os.PathLike[str]) -> Path:

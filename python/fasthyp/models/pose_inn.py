@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasthyp._files import replacing
 from fasthyp.flows import GLOWCouplingBlock, PermuteRandom, SequenceINN
 from fasthyp.flows.freia_old import OldGLOWCouplingBlock, OldInputNode, OldPermuteRandom
-from fasthyp.sampling import HypothesisSampler
+from fasthyp.sampling import SamplerCache
 
 BLOCKS = 8
 CLAMP = 2.0
@@ -70,7 +70,7 @@ class PoseINN(nn.Module):
         self.cond_net = nn.Sequential(
             nn.Linear(GAUSS_DIM, 256), nn.ReLU(), nn.Linear(256, COND_DIM)
         )
-        self._samplers: dict[str, HypothesisSampler] = {}
+        self._samplers = SamplerCache()
 
     def forward(self, x: Tensor, gauss: Tensor) -> tuple[Tensor, Tensor]:
         """3D pose x (N, 48), Gaussians (N, 78) -> [z, 2D pose] (N, 48), log|det| (N,)."""
@@ -108,9 +108,7 @@ class PoseINN(nn.Module):
         if isinstance(pose_2d, Tensor) and pose_2d.shape[1:] != (FIXED_DIM,):
             got = tuple(pose_2d.shape)
             raise ValueError(f"pose_2d: expected shape (B, {FIXED_DIM}), got {got}")
-        sampler = self._samplers.get(precision)
-        if sampler is None:
-            sampler = self._samplers[precision] = HypothesisSampler(self.inn, precision)
+        sampler = self._samplers.get(self.inn, precision)
         return sampler(self.cond_net(gauss), num_samples, fixed=pose_2d, **options)
 
     @classmethod
