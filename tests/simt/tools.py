@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ FLAGS = [
     '-DFASTHYP_CUDA_ARCHS="host"',
     *("-I", str(HERE), "-I", str(SOURCES)),
 ]
-LANGUAGE = {".o": "none"}  # everything else is C++ to the compiler
 
 
 def build(target: Path, *sources: Path) -> Path:
@@ -29,7 +29,9 @@ def build(target: Path, *sources: Path) -> Path:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler")
     kind = ["-c"] if target.suffix == ".o" else []
-    inputs = [word for path in sources for word in ("-x", LANGUAGE.get(path.suffix, "c++"), path)]
+    objects = [path for path in sources if path.suffix == ".o"]
+    texts = [path for path in sources if path.suffix != ".o"]  # .cu is C++ to the compiler
+    inputs = [*objects, *(word for path in texts for word in ("-x", "c++", path))]
     command = [COMPILER, *FLAGS, *kind, *map(str, inputs), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "sanitizer" in done.stderr and "No such file" in done.stderr:
@@ -41,7 +43,10 @@ def build(target: Path, *sources: Path) -> Path:
 def build_kernels(target: Path, emulation: Path, *names: str) -> Path:
     """The program ``<target's name>.cpp`` of this folder with CUDA sources of the project."""
     kernels = [SOURCES / name for name in (*names, "common/cuda_device.cu")]
-    return build(target, HERE / f"{target.name}.cpp", *kernels, emulation)
+    sources = [HERE / f"{target.name}.cpp", *kernels]
+    objects = [target.with_name(f"{target.name}-{path.stem}{path.suffix}.o") for path in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return build(target, *pool.map(build, objects, sources), emulation)
 
 
 def execute(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
