@@ -84,6 +84,7 @@ def machine() -> dict[str, Any]:
     """Where a figure comes from."""
     return {
         "processor": _processor(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": _C.simd_level(),
@@ -95,8 +96,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]], json_path: str | None) -> None:
-    """Prints the rows as a table and writes them, with the machine, where asked."""
+def report(name: str, rows: list[dict[str, Any]], json_path: str | None, **facts: Any) -> None:
+    """Prints the rows as a table and writes them, with the machine and other facts, where asked."""
     from rich.console import Console
     from rich.table import Table
 
@@ -110,7 +111,9 @@ def report(name: str, rows: list[dict[str, Any]], json_path: str | None) -> None
     if json_path:
         path = Path(json_path)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        temporary.write_text(
+            json.dumps({"machine": {**machine(), **facts}, "rows": rows}, indent=2) + "\n"
+        )
         temporary.replace(path)
 
 

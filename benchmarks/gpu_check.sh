@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
-# Everything there is to check on a machine with an NVIDIA GPU, in one go: builds the CUDA kernels,
-# runs the GPU tests, runs them again under compute-sanitizer, and measures.
+# Everything there is to check on a machine with an NVIDIA GPU, in one go and in some minutes: builds
+# the CUDA kernels, runs the GPU tests, runs the small ones again under compute-sanitizer, measures.
 #
-#     benchmarks/gpu_check.sh [RESULTS_DIR]
+#     benchmarks/gpu_check.sh [RESULT]
 #
 # Uses the Python that is active. Missing packages come from the package index, or, without a network,
-# from the folder of wheels that FASTHYP_WHEELS names. RESULTS_DIR (default: benchmarks/results)
-# receives gpu_*.json. Exit status: 0 only if everything passed.
+# from the folder of wheels that FASTHYP_WHEELS names. RESULT (default: benchmarks/results/gpu.json)
+# receives all measurements, with the device, its driver, versions and the commit. Exit status: 0 only
+# if everything passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-results=${1:-benchmarks/results}
-mkdir -p "$results"
+result=${1:-benchmarks/results/gpu.json}
+measured=$(mktemp -d)
+trap 'rm -rf "$measured"' EXIT
 failed=()
 
-step() {
-  local name=$1
-  shift
+step() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
   echo "== $name"
-  "$@" || failed+=("$name")
+  timeout "$limit" "$@" || failed+=("$name")
+  echo "== $name: $((SECONDS - start)) s"
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || exit 2
@@ -31,23 +34,26 @@ arch=$(python -c 'import torch; print("%d%d-real" % torch.cuda.get_device_capabi
 export FASTHYP_CUDA=1 FASTHYP_CUDA_ARCHS=${FASTHYP_CUDA_ARCHS:-$arch}
 python -m pip install --quiet --no-deps --no-build-isolation . || exit 2
 
-step "info" fasthyp info
-step "doctor" fasthyp doctor
-step "GPU tests" python -m pytest -m gpu tests
+step "info" 30 fasthyp info
+step "doctor" 60 fasthyp doctor
+step "GPU tests" 150 python -m pytest -m gpu tests
+# Small shapes of every kernel; not captured graphs, which the tools do not follow.
+small="cuda_steps or cuda_empty or cuda_bad_map or cuda_non_contiguous or cuda_draws"
 if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck synccheck; do
-    # The tests that compare kernels; not those that capture graphs, which the tools do not follow.
-    step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 1 --launch-timeout 300 \
-      python -m pytest -m gpu -k "not graph" -x tests/ops
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "compute-sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --launch-timeout 300 python -m pytest -m gpu -k "$small" -x tests/ops
   done
 else
   echo "compute-sanitizer is not on PATH: left out"
 fi
-step "benchmark gaussian_fit" python benchmarks/bench_gaussian_fit.py --json "$results/gpu_gaussian_fit.json"
-step "benchmark heatmaps" python benchmarks/bench_heatmaps.py --json "$results/gpu_heatmaps.json"
+for name in coupling_cuda estimator gaussian_fit heatmaps; do
+  step "benchmark $name" 90 python "benchmarks/bench_$name.py" --json "$measured/$name.json"
+done
+step "summary" 30 python benchmarks/gpu_summary.py "$measured" "$result"
 
 if [ ${#failed[@]} -gt 0 ]; then
-  echo "FAILED: ${failed[*]}"
+  printf 'FAILED: %s\n' "${failed[@]}"
   exit 1
 fi
 echo "all passed"

@@ -15,6 +15,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fasthyp.flows import ConditionalGlow, RealNVP, realnvp_masks
 from fasthyp.flows.freia_master import MasterAllInOneBlock
 from tests.replays import replays  # noqa: F401
 
@@ -82,6 +84,28 @@ class Golden:
         net.load_state_dict(self.state_dict())
         return net.eval()
 
+    def conditional_glow(self) -> ConditionalGlow:
+        """The flow of ProHMR that made the file, with its weights."""
+        names = (
+            *("features", "hidden_features", "num_layers", "num_blocks_per_layer"),
+            *("context_features", "batch_norm_within_layers", "dropout_probability"),
+        )
+        flow = ConditionalGlow(**{name: self.meta[name] for name in names})
+        flow.load_state_dict(self.state_dict())
+        return flow.eval()
+
+    def realnvp(self, dtype: torch.dtype = torch.float32) -> RealNVP:
+        """The flow of POCO that made the file."""
+        dim, width, hidden = (self.meta[name] for name in ("num_nf_rv", "context", "hidden"))
+        prior = torch.distributions.MultivariateNormal(
+            torch.zeros(dim, dtype=dtype), torch.eye(dim, dtype=dtype)
+        )
+        masks = realnvp_masks(self.meta["mask_type"], dim, self.meta["num_flow_layers"])
+        flow = RealNVP(poco_s, poco_t, (dim + width, hidden, dim), masks, prior)
+        assert torch.equal(masks, self["sd/mask"])
+        flow.load_state_dict(self.state_dict())
+        return flow.to(dtype)
+
     def _graph(self, block: Any, settings: dict[str, Any]) -> ff.GraphINN:
         """Blocks and permutations in turn."""
         weights, meta = self.state_dict(), self.meta
@@ -130,6 +154,18 @@ class Golden:
     def _append(self, net: ff.SequenceINN, block: Any, cond: int | None, **settings: Any) -> None:
         shape = None if cond is None else (self.meta["cond_dims"][cond],)
         net.append(block, cond=cond, cond_shape=shape, **settings)
+
+
+def poco_s(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """POCO's subnet for s."""
+    return nn.Sequential(*poco_t(inputs, hidden, outputs), nn.Tanh())
+
+
+def poco_t(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """POCO's subnet for t."""
+    widths = (inputs, hidden, hidden, outputs)
+    linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
+    return nn.Sequential(linears[0], nn.LeakyReLU(), linears[1], nn.LeakyReLU(), linears[2])
 
 
 class _Subnets:

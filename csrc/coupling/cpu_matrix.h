@@ -67,6 +67,11 @@ constexpr int kRows = FASTHYP_SIMD_BYTES == 64 ? (NB == 3 ? 8 : 12)
                                                   : NB == 2 ? 6
                                                             : 8);
 
+// Whether a register tile fetches weights ahead; for fewer rows the processor does it well by
+// itself.
+template <int R>
+constexpr bool kFetches = R >= 4;
+
 constexpr int kTile = 48;  // rows; a multiple of every kRows
 
 // --- register tile: R rows x NB vectors of outputs, over one chunk of inputs ---
@@ -74,12 +79,14 @@ constexpr int kTile = 48;  // rows; a multiple of every kRows
 enum class Store { sums, hidden_relu };
 
 // out = (init ? init[row] + column : out) + x w. For hidden_relu, hidden = max(that, 0) instead.
+// On the way fetches `ahead`, `stride` bytes for each step.
 template <class P, int NB, int R, Store kStore>
 FASTHYP_INLINE void register_tile(const typename P::In* x, std::ptrdiff_t ldx,
                                   const typename P::In* w, int inputs,
                                   const typename P::State* const* init, std::ptrdiff_t column,
                                   typename P::State* out, std::ptrdiff_t ldo,
-                                  typename P::In* hidden, std::ptrdiff_t ldh) {
+                                  typename P::In* hidden, std::ptrdiff_t ldh,
+                                  const std::byte* ahead, std::ptrdiff_t stride) {
   using S = typename P::State;
   constexpr int W = P::kWidth;
   typename P::Acc acc[R][NB];
@@ -92,6 +99,10 @@ FASTHYP_INLINE void register_tile(const typename P::In* x, std::ptrdiff_t ldx,
 #pragma GCC unroll 4
     for (int n = 0; n < NB; ++n) wv[n] = P::weight(w + n * W * P::kStep);
     w += NB * W * P::kStep;
+    if constexpr (kFetches<R>) {
+      __builtin_prefetch(ahead);
+      ahead += stride;
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const auto xv = P::input(x + r * ldx + k);
@@ -118,6 +129,7 @@ struct Block {  // arguments of one block of outputs over one chunk of inputs, f
   const typename P::In* x;
   std::ptrdiff_t ldx;
   const typename P::In* w;
+  const typename P::In* next;  // the weights that are multiplied next: of as many inputs, mostly
   int inputs;
   const typename P::State* const* init;
   std::ptrdiff_t column;
@@ -130,10 +142,19 @@ struct Block {  // arguments of one block of outputs over one chunk of inputs, f
 template <class P, int NB, int R, Store kStore>
 int row_groups(const Block<P>& b, int row, int rows) {
   if constexpr (R <= kRows<NB>) {
+    if (row + R > rows) return row;
+    const std::byte* ahead = nullptr;
+    std::ptrdiff_t stride = 0, share = 0;
+    if constexpr (kFetches<R>) {  // each row fetches its share of the next weights
+      constexpr std::int64_t kStepBytes = NB * P::kWidth * P::kStep * sizeof(typename P::In);
+      share = b.inputs / P::kStep * kStepBytes / rows;
+      stride = (kStepBytes * R + rows - 1) / rows;
+      ahead = reinterpret_cast<const std::byte*>(b.next);
+    }
     for (; row + R <= rows; row += R)
-      register_tile<P, NB, R, kStore>(b.x + row * b.ldx, b.ldx, b.w, b.inputs,
-                                      b.init ? b.init + row : nullptr, b.column,
-                                      b.out + row * b.ldo, b.ldo, b.hidden + row * b.ldh, b.ldh);
+      register_tile<P, NB, R, kStore>(
+          b.x + row * b.ldx, b.ldx, b.w, b.inputs, b.init ? b.init + row : nullptr, b.column,
+          b.out + row * b.ldo, b.ldo, b.hidden + row * b.ldh, b.ldh, ahead + row * share, stride);
   }
   return row;
 }
@@ -204,6 +225,7 @@ class Product {
   void add_chunk(int b, int k, int inputs, S* out, std::ptrdiff_t ldo) const {
     Block<P> block = chunk(b, k, inputs);
     block.x = in_.x;
+    block.next = weights(b + 1, k);
     block.out = out;
     block.ldo = ldo;
     block_rows<P, Store::sums>(block, m_.vectors, in_.rows);
@@ -216,6 +238,7 @@ class Product {
   }
   void relu(int b, In* hidden, std::ptrdiff_t ldh) const {
     Block<P> block = chunk(b, first_, m_.in_padded);
+    block.next = weights(b + 1, first_);
     block.hidden = hidden;
     block.ldh = ldh;
     block_rows<P, Store::hidden_relu>(block, m_.vectors, in_.rows);
@@ -230,6 +253,7 @@ class Product {
       // The condition's inputs and the others are summed apart.
       const int inputs = std::min(m_.chunk, (k < m_.cond_padded ? m_.cond_padded : end) - k);
       Block<P> block = chunk(b, k, inputs);
+      block.next = k + inputs < end ? weights(b, k + inputs) : weights(b + 1, first_);
       block.out = out;
       block.ldo = ldo;
       block_rows<P, Store::sums>(block, m_.vectors, in_.rows);
@@ -237,12 +261,18 @@ class Product {
     }
   }
 
-  Block<P> chunk(int b, int k, int inputs) const {
+  // Those of block b from input k on. Behind the last block they may be no weights, which are then
+  // fetched in vain.
+  const In* weights(int b, int k) const {
     const std::int64_t stored = m_.cond_padded + m_.in_padded;
+    return reinterpret_cast<const In*>(packed_ + m_.weight) + (b * stored + k) * m_.block;
+  }
+
+  Block<P> chunk(int b, int k, int inputs) const {
     Block<P> block{};
     block.x = in_.x + (k - first_);
     block.ldx = in_.ld;
-    block.w = reinterpret_cast<const In*>(packed_ + m_.weight) + (b * stored + k) * m_.block;
+    block.w = weights(b, k);
     block.inputs = inputs;
     if (k == first_) {
       block.init = init_;

@@ -178,10 +178,11 @@ class NetRunner {
     const Dense& dense = net.layers[l];
     const Matrix& m = dense.matrix;
     const Product<P> product(m, packed_, in, hoisted);
-    const bool relu = dense.plain() && dense.activate && net.activation == Activation::relu;
+    const bool straight = dense.plain() && dense.activate && net.activation == Activation::relu &&
+                          product.one_chunk();
     for (int b = first; b < end; ++b) {
       In* hidden = out + (b - first) * m.block;
-      if (relu && product.one_chunk()) {
+      if (straight) {
         product.relu(b, hidden, ldh);
         continue;
       }

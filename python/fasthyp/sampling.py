@@ -14,7 +14,7 @@ from fasthyp._seed import check_int, resolve_seed
 from fasthyp.flows.accelerate import shared_clone
 from fasthyp.flows.describe import describe
 from fasthyp.flows.executor import FlowExecutor, Plan
-from fasthyp.flows.program import FlowProgram
+from fasthyp.flows.program import FlowProgram, UninitializedFlow
 from fasthyp.reference.coupling import standard_normal_log_prob
 
 
@@ -26,8 +26,9 @@ class HypothesisSampler:
     ``num_samples``, the number of threads or the split into batches.
 
     Args:
-        flow: a FrEIA ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` or
-            ``GLOWCouplingBlock``, accelerated or not; or a :class:`fasthyp.flows.FlowProgram` or a
+        flow: what :func:`fasthyp.flows.describe` takes: a FrEIA ``GraphINN``, ``SequenceINN`` or
+            coupling block, an nflows ``Flow``, a :class:`fasthyp.flows.ConditionalGlow`, a
+            RealNVP of POCO, accelerated or not; or a :class:`fasthyp.flows.FlowProgram` or a
             function that returns one (their opaque subnets run in the mode that they are in).
         precision: ``"highest"``, ``"high"`` or ``"medium"``.
         graph: on a CUDA device, calls of one shape are captured in a CUDA graph: ``"auto"`` from
@@ -36,7 +37,8 @@ class HypothesisSampler:
 
     Raises:
         TypeError: ``flow`` is none of these.
-        UnsupportedFlow: the flow is not a chain of GLOW couplings and permutations of vectors.
+        UnsupportedFlow: no program describes the flow, or its base distribution is another; the
+            message says why.
         ValueError: unknown precision or graph.
     """
 
@@ -51,7 +53,7 @@ class HypothesisSampler:
         self._graphs = GraphCache(graph)
         source = flow if isinstance(flow, FlowProgram) else partial(_program, flow)
         self._executor = FlowExecutor(source, precision)
-        _ = self._executor.program  # an unsuitable flow is refused here
+        self._eval_mode()  # an unsuitable flow is refused here
 
     def __call__(
         self,
@@ -151,14 +153,18 @@ class HypothesisSampler:
     def _eval_mode(self) -> tuple[FlowExecutor, Plan]:
         """The flow as it is in eval mode."""
         executor, flow = self._executor, self.flow
-        plan = executor.current_plan()
-        # Plain MLPs have no modes, and active dropout makes a subnet opaque.
-        modes = (part.training for subnet in plan.program.opaque for part in subnet.modules())
-        if any(modes) and isinstance(flow, nn.Module):
-            # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
-            executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
+        try:
             plan = executor.current_plan()
-        return executor, plan
+            # Active dropout and batch statistics make a subnet opaque; the others have no modes.
+            modes = (part.training for subnet in plan.program.opaque for part in subnet.modules())
+            if not any(modes) or not isinstance(flow, nn.Module):
+                return executor, plan
+        except UninitializedFlow:
+            if not isinstance(flow, nn.Module) or not flow.training:
+                raise
+        # A copy in eval mode on the same parameters: the flow's own mode stays as it is.
+        executor = FlowExecutor(partial(describe, shared_clone(flow).eval()), self.precision)
+        return executor, executor.current_plan()
 
 
 def _program(flow: nn.Module | Callable[[], FlowProgram]) -> FlowProgram:

@@ -248,6 +248,7 @@ def test_cuda_graph(depth: int) -> None:
     flow = packed(on("cuda", layers), index, 24, 10, "high")
     x, cond = (tensor.cuda() for tensor in random_inputs(2, 300, 24, 10, torch.float32))
     static_x, static_cond = torch.zeros_like(x), torch.zeros_like(cond)
+    flow.forward(static_x, static_cond)  # a kernel's first launch loads it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         z, log_jac = flow.forward(static_x, static_cond)

@@ -102,6 +102,21 @@ __global__ void product(const int*, int* out) {
   out[threadIdx.x] = static_cast<int>(c[0] + c[1] + 100 * (c[2] + c[3])) / 2;
 }
 
+// Each block of a cluster of two gives the other one's row.
+template <bool kBefore, bool kAfter>
+__global__ void swap_blocks(const int* in, int* out) {
+  using namespace fasthyp::simt;
+  int* row = fasthyp::dynamic_shared<int>();
+  const int other = 1 - cluster_rank(), half = kThreads / 2;
+  if (threadIdx.x < half) row[threadIdx.x] = in[cluster_rank() * half + threadIdx.x];
+  if (kBefore) cluster_sync();
+  int value = -1;
+  if (threadIdx.x < half) value = cluster_peer(row, other)[threadIdx.x];
+  if (kAfter) cluster_sync();
+  row[threadIdx.x] = 0;
+  if (threadIdx.x < half) out[cluster_rank() * half + threadIdx.x] = value;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -141,11 +156,22 @@ int main(int argc, char** argv) {
       {"product, half a warp", product<Part::half>},
       {"product, wrong row", product<Part::wrong_row>},
       {"product, not shared", product<Part::not_shared>},
+      {"cluster", swap_blocks<true, true>},
+      {"cluster, read too early", swap_blocks<false, true>},
+      {"cluster, changed too early", swap_blocks<true, false>},
   };
   void (*kernel)(const int*, int*) = nullptr;
   for (const Named& k : kernels)
     if (is(k.name)) kernel = k.kernel;
   if (!kernel) return 2;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {2, 1, 1};
+  if (std::strncmp(argv[1], "cluster", 7) == 0) {
+    config.gridDim = dim3(2);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
   if (is("configuration")) config.blockDim = dim3(2048);
   if (is("shared")) config.dynamicSmemBytes = 48 * 1024 + 1;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, in, out);

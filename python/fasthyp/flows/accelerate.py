@@ -165,7 +165,7 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
         report.add(name, kind, False, f"runs its own forward: {error}")
         return False
     if not isinstance(part, FusedFlow):
-        how = "not accelerated" if _fused_class(part) else "a subclass, which is not accelerated"
+        how = "not accelerated" if _fused_class(part) else "no fused form of this class"
         report.add(name, kind, False, f"{how}: runs its own forward")
         return False
     report.add(name, kind, *part.flow().explain())
@@ -177,7 +177,8 @@ def _explain_flow(report: Report, name: str, part: nn.Module) -> bool:
             reason = f"runs as a torch module: {subnet.reason}"
             report.add(f"{name}.{subname}" if name else subname, subkind, False, reason)
         if not opaque and isinstance(step.kind, AffineKind) and step.kind.clamp_fn is not None:
-            subname = f"{name}.{step.name}" if name else step.name
+            subname = next(found for found in names.values() if found.endswith(step.name))
+            subname = f"{name}.{subname}" if name else subname
             report.add(subname, "clamp", False, "a clamp function without a fused form: reference")
     return True
 

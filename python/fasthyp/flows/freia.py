@@ -131,12 +131,18 @@ def _vector(shape: Sequence[int], what: str) -> Sequence[int]:
 
 
 def _steps(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
-    for kind, steps_of, methods in _BLOCKS:
-        if isinstance(module, kind) and computes_as(module, "FrEIA", "forward", *methods):
-            require_plain(module, name)
+    what, kind = name or "it", type(module).__name__
+    for block, steps_of, methods in _BLOCKS:
+        if isinstance(module, block):
+            require_plain(module, what)
+            if not computes_as(module, "FrEIA", "forward", *methods):
+                raise UnsupportedFlow(f"{what} is a {kind} with methods of its own")
             watch.module(module)
-            return steps_of(module, cond, name, watch)
-    raise UnsupportedFlow(f"{name or 'it'} is a {type(module).__name__}, which has no fused form")
+            try:
+                return steps_of(module, cond, name, watch)
+            except UnsupportedFlow as error:
+                raise type(error)(f"{what} {error}") from None
+    raise UnsupportedFlow(f"{what} is a {kind}, which has no fused form")
 
 
 # --- couplings --------------------------------------------------------------------------------
@@ -144,8 +150,8 @@ def _steps(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[
 
 def _glow(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     """x1 changes with subnet2(x2), then x2 with subnet1(the new x1)."""
-    x1, x2 = _halves(block, cond, name, watch)
-    kind = _affine(block, name, centered=isinstance(block, fm.GINCouplingBlock))
+    x1, x2 = _halves(block, cond, watch)
+    kind = _affine(block, centered=isinstance(block, fm.GINCouplingBlock))
     return [
         Coupling(x1, x2, subnet(block.subnet2, watch), kind, cond, _join(name, "subnet2")),
         Coupling(x2, x1, subnet(block.subnet1, watch), kind, cond, _join(name, "subnet1")),
@@ -154,8 +160,8 @@ def _glow(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[St
 
 def _rnvp(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     """As GLOW, with subnets of their own for s and t."""
-    x1, x2 = _halves(block, cond, name, watch)
-    kind = _affine(block, name)
+    x1, x2 = _halves(block, cond, watch)
+    kind = _affine(block)
     s1, t1 = subnet(block.subnet_s1, watch), subnet(block.subnet_t1, watch)
     s2, t2 = subnet(block.subnet_s2, watch), subnet(block.subnet_t2, watch)
     return [
@@ -165,7 +171,7 @@ def _rnvp(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[St
 
 
 def _nice(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
-    x1, x2 = _halves(block, cond, name, watch)
+    x1, x2 = _halves(block, cond, watch)
     return [
         Coupling(x1, x2, subnet(block.F, watch), AdditiveKind(), cond, _join(name, "F")),
         Coupling(x2, x1, subnet(block.G, watch), AdditiveKind(), cond, _join(name, "G")),
@@ -173,35 +179,35 @@ def _nice(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[St
 
 
 def _one_sided(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
-    x1, x2 = _halves(block, cond, name, watch)
-    net, kind = subnet(block.subnet, watch), _affine(block, name)
+    x1, x2 = _halves(block, cond, watch)
+    net, kind = subnet(block.subnet, watch), _affine(block)
     return [Coupling(x2, x1, net, kind, cond, _join(name, "subnet"))]
 
 
 def _conditional_affine(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
-    x1, x2 = _halves(block, cond, name, watch)
-    net, kind = subnet(block.subnet, watch), _affine(block, name)
+    x1, x2 = _halves(block, cond, watch)
+    net, kind = subnet(block.subnet, watch), _affine(block)
     return [Coupling(x1 + x2, (), net, kind, cond, _join(name, "subnet"))]
 
 
 def _halves(
-    block: Any, cond: tuple[int, ...], name: str, watch: Watch
+    block: Any, cond: tuple[int, ...], watch: Watch
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if block.ndims != 1:
-        raise UnsupportedFlow(f"{name} works on {block.ndims}-dimensional data")
-    _require_condition(block.condition_length, cond, name)
+        raise UnsupportedFlow(f"works on {block.ndims}-dimensional data")
+    _require_condition(block.condition_length, cond)
     watch.attributes(block, "clamp", "f_clamp", "split_len1")
     split = block.split_len1
     return tuple(range(split)), tuple(range(split, block.channels))
 
 
-def _require_condition(width: int, cond: tuple[int, ...], name: str) -> None:
+def _require_condition(width: int, cond: tuple[int, ...]) -> None:
     if len(cond) != width:
-        raise UnsupportedFlow(f"{name} reads {width} condition columns, has {len(cond)}")
+        raise UnsupportedFlow(f"reads {width} condition columns, has {len(cond)}")
 
 
-def _affine(block: Any, name: str, centered: bool = False) -> AffineKind:
-    clamp, function = _clamp(block, name), block.f_clamp
+def _affine(block: Any, centered: bool = False) -> AffineKind:
+    clamp, function = _clamp(block), block.f_clamp
     if type(function) is ScaledAtan and function.clamp == clamp:
         return AffineKind(clamp, "atan_scaled", centered=centered)
     known = clamp_name(function)
@@ -210,9 +216,9 @@ def _affine(block: Any, name: str, centered: bool = False) -> AffineKind:
     return AffineKind(clamp, known, centered=centered)
 
 
-def _clamp(block: Any, name: str) -> float:
+def _clamp(block: Any) -> float:
     if not isinstance(block.clamp, (int, float)):
-        raise UnsupportedFlow(f"{name} has a clamp of type {type(block.clamp).__name__}")
+        raise UnsupportedFlow(f"has a clamp of type {type(block.clamp).__name__}")
     return block.clamp
 
 
@@ -226,13 +232,11 @@ def _join(name: str, part: str) -> str:
 def _all_in_one(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     """[rotation back], coupling of x2 with x1, scale and offset, rotation (or permutation)."""
     if block.input_rank != 0:
-        raise UnsupportedFlow(f"{name} works on {block.input_rank + 1}-dimensional data")
-    _require_condition(block.condition_channels, cond, name)
+        raise UnsupportedFlow(f"works on {block.input_rank + 1}-dimensional data")
+    _require_condition(block.condition_channels, cond)
     watch.attributes(block, "clamp", "GIN", "reverse_pre_permute", "global_scale_activation")
     split, dim = block.splits[0], block.in_channels
-    kind = AffineKind(
-        *(_clamp(block, name), _soft_clamp(block, name)), centered=bool(block.GIN), raw_scale=0.1
-    )
+    kind = AffineKind(*(_clamp(block), _soft_clamp(block)), centered=bool(block.GIN), raw_scale=0.1)
     net = subnet(block.subnet, watch)
     x1, x2 = tuple(range(split)), tuple(range(split, dim))
     rotate, rotate_back = _rotations(block, name, watch)
@@ -244,7 +248,7 @@ def _all_in_one(block: Any, cond: tuple[int, ...], name: str, watch: Watch) -> l
     return [rotate_back, *steps] if block.reverse_pre_permute else steps
 
 
-def _soft_clamp(block: Any, name: str) -> str:
+def _soft_clamp(block: Any) -> str:
     """FrEIA 0.2 clamps clamp * tanh(a), later versions clamp * tanh(a / clamp): what this one does
     to a = (u, 0), of which GIN takes the mean off."""
     u = torch.linspace(-50.0, 50.0, 11, dtype=torch.float64)
@@ -257,7 +261,7 @@ def _soft_clamp(block: Any, name: str) -> str:
         )
         if torch.allclose(s, expected, 1e-9, 1e-9):
             return known
-    raise UnsupportedFlow(f"{name} has a soft clamp of its own")
+    raise UnsupportedFlow("has a soft clamp of its own")
 
 
 def _global_affine(block: Any, name: str) -> Linear:
@@ -266,7 +270,7 @@ def _global_affine(block: Any, name: str) -> Linear:
         return Linear((offset,), _offset, diagonal=True, name=name)
     known = known_name(block.global_scale_activation, GLOBAL_SCALES)
     if known is None:
-        raise UnsupportedFlow(f"{name} has a global scale activation of its own")
+        raise UnsupportedFlow("has a global scale activation of its own")
     evaluate = partial(_scale_offset, GLOBAL_SCALES[known])
     return Linear((scale, offset), evaluate, diagonal=True, name=name)
 
@@ -334,7 +338,7 @@ def _nothing(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> lis
 def _act_norm(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     watch.attributes(module, "init_on_next_batch")
     if module.init_on_next_batch:
-        raise UninitializedFlow(f"{name} is an ActNorm that its first batch will initialise")
+        raise UninitializedFlow("is an ActNorm that its first batch will initialise")
     return [act_norm(module.scale, module.bias, name)]
 
 
@@ -344,7 +348,7 @@ def _fixed_linear(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -
     if isinstance(module.b, Tensor):
         tensors.append(module.b)
     elif module.b:
-        raise UnsupportedFlow(f"{name} has an offset of type {type(module.b).__name__}")
+        raise UnsupportedFlow(f"has an offset of type {type(module.b).__name__}")
     return [Linear(tuple(tensors), _fixed, name=name)]
 
 
@@ -355,7 +359,7 @@ def _fixed(m: Tensor, inverse: Tensor, log_det: Tensor, b: Tensor | None = None)
 
 def _householder_perm(module: Any, cond: tuple[int, ...], name: str, watch: Watch) -> list[Step]:
     if module.conditional:
-        raise UnsupportedFlow(f"{name} is a HouseholderPerm with a condition")
+        raise UnsupportedFlow("is a HouseholderPerm with a condition")
     if module.fixed:
         return [Linear((module.W,), _rotation, name=name)]
     return [Linear((module.Vs,), _reflections, name=name)]

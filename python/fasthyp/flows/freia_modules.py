@@ -31,12 +31,12 @@ _VOLUME_PRESERVING = (
 )
 
 
-class _Freia(FusedFlow):
+class _FreiaFlow(FusedFlow):
     def _describe(self) -> FlowProgram:
         return describe(self)
 
 
-class _FusedBlock(_Freia):
+class _FusedBlock(_FreiaFlow):
     dims_c: list[tuple[int, ...]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class PermuteRandom(fm.PermuteRandom):
         self.perm_inv = nn.Parameter(perm.argsort(), requires_grad=False)
 
 
-class _FusedGraph(_Freia):
+class _FusedGraph(_FreiaFlow):
     in_nodes: list[ff.InputNode]
     condition_nodes: list[ff.ConditionNode]
     force_tuple_output: bool
@@ -158,7 +158,7 @@ class ReversibleGraphNet(_FusedGraph, ff.ReversibleGraphNet):
     """``FrEIA.framework.ReversibleGraphNet``, fused; calls do not warn of its deprecation."""
 
 
-class SequenceINN(_Freia, ff.SequenceINN):
+class SequenceINN(_FreiaFlow, ff.SequenceINN):
     """``FrEIA.framework.SequenceINN``, fused where it is a chain of couplings and permutations."""
 
     append: Callable[..., None]

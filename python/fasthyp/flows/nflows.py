@@ -97,8 +97,7 @@ def _add(
 ) -> None:
     """Append the steps of a transform, its features and those of the context that it reads."""
     what = name or type(transform).__name__
-    methods: tuple[str, ...] = ("forward", "inverse")
-    if not computes_as(transform, "nflows", *methods):
+    if not computes_as(transform, "nflows", "forward", "inverse"):
         raise UnsupportedFlow(f"{what} has a forward or an inverse of its own")
     require_plain(transform, what)
     watch.module(transform)
@@ -311,7 +310,8 @@ class FusedTransform(FusedFlow):
         log|det| (B, M) of the inverse."""
         if not self._delegates():
             try:
-                return self.flow().inverse(noise, context)
+                if (context is not None) == bool(self.flow().program.cond_dim):
+                    return self.flow().inverse(noise, context)
             except UnsupportedFlow:
                 pass
         rows = None if context is None else context.repeat_interleave(noise.shape[1], 0)
@@ -333,26 +333,26 @@ class FusedSampling(FusedFlow):
         return self._transform.flow()
 
     def _sample(self, num_samples: int, context: Tensor | None) -> Tensor:
-        context = self._embedding_net(context)
         if context is None:
             return super()._sample(num_samples, context)  # type: ignore[misc]
-        noise = self._distribution.sample(num_samples, context=context)
-        return self._transform.inverse_shared(noise, context)[0]
+        embedded = self._embedding_net(context)
+        noise = self._distribution.sample(num_samples, context=embedded)
+        return self._transform.inverse_shared(noise, embedded)[0]
 
     def sample_and_log_prob(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         plain = super().sample_and_log_prob  # type: ignore[misc]
-        given = inspect.signature(plain).bind(*args, **kwargs).arguments
-        context = self._embedding_net(given.get("context"))
-        # The fork also takes the noise, and returns it.
+        signature = inspect.signature(plain)
+        given = signature.bind(*args, **kwargs).arguments
+        context, takes_noise = given.get("context"), "noise" in signature.parameters  # the fork
         if context is None or given.get("noise") is not None or given.get("ignore_context"):
             return plain(*args, **kwargs)
+        embedded = self._embedding_net(context)
         noise, log_prob = self._distribution.sample_and_log_prob(
-            given["num_samples"], context=context
+            given["num_samples"], context=embedded
         )
-        samples, log_jac = self._transform.inverse_shared(noise, context)
+        samples, log_jac = self._transform.inverse_shared(noise, embedded)
         drawn = samples, log_prob - log_jac
-        returns_noise = "noise" in inspect.signature(plain).parameters
-        return (*drawn, noise.flatten(0, 1)) if returns_noise else drawn
+        return (*drawn, noise.flatten(0, 1)) if takes_noise else drawn
 
 
 def fused_class(module: Any) -> Any:

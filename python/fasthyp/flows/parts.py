@@ -12,10 +12,12 @@ from fasthyp.reference.coupling import LinearMap
 
 
 def computes_as(module: nn.Module, package: str, *methods: str) -> bool:
-    """Whether these methods, where the class has them, are ``package``'s or this package's."""
+    """Whether these methods, where the module has them, are ``package``'s or this package's."""
     owners = (f"{package}.", "fasthyp.flows.")
     found = (getattr(type(module), name, None) for name in methods)
-    return all(method is None or method.__module__.startswith(owners) for method in found)
+    return not any(name in vars(module) for name in methods) and all(
+        method is None or method.__module__.startswith(owners) for method in found
+    )
 
 
 def require_plain(module: nn.Module, name: str) -> None:

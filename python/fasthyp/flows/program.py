@@ -1,10 +1,10 @@
 """The flow as data: what a front end says about a module and an engine runs.
 
-A front end (:mod:`fasthyp.flows.freia`) turns a module into a :class:`FlowProgram`, a list of typed
-steps that hold references to the module's own parameters. :meth:`FlowProgram.layers` simplifies it
-to the flat form that the reference and the kernels share (permutations become slots of the
-neighbouring couplings). :class:`FlowExecutor` runs it. Front ends know module classes, engines know
-programs, neither knows the other.
+A front end (:mod:`fasthyp.flows.freia`, ``nflows``, ``realnvp``) turns a module into a
+:class:`FlowProgram`, a list of typed steps that hold references to the module's own parameters.
+:meth:`FlowProgram.layers` simplifies it to the flat form that the reference and the kernels share
+(permutations become slots of the neighbouring couplings). :class:`FlowExecutor` runs it. Front ends
+know module classes, engines know programs, neither knows the other.
 """
 
 from __future__ import annotations
@@ -243,16 +243,6 @@ class Watch:
         """Watch the numbers in these tensors."""
         self._tensors += tensors
         self._stamp = stamp(self._tensors)
-
-    def include(self, other: Watch) -> None:
-        """Watch everything that ``other`` watches."""
-        self._dicts += other._dicts
-        self._keys += other._keys
-        self._values += other._values
-        self._tables += other._tables
-        self._sizes += other._sizes
-        self._hooks += other._hooks
-        self.values(*other._tensors)
 
     def _entries(self, table: dict[str, Any], names: tuple[str, ...]) -> None:
         for name in names:

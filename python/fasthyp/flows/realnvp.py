@@ -41,7 +41,8 @@ def _is_pocos(module: object) -> bool:
     if not all(isinstance(getattr(module, name, None), kind) for name, kind in parts.items()):
         return False
     return all(
-        getattr(getattr(type(module), name, None), "__qualname__", "") == f"RealNVP.{name}"
+        name not in vars(module)
+        and getattr(getattr(type(module), name, None), "__qualname__", "") == f"RealNVP.{name}"
         and getattr(type(module), name).__code__.co_varnames[:3] == arguments
         for name, arguments in _ARGUMENTS.items()
     )

@@ -17,27 +17,10 @@ from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import ACTIVATIONS, CLAMP_ACTIVATIONS, KINDS, Layer
 from tests.conftest import assert_as_good_as, max_error
 from tests.ops.test_coupling import Random, as_dtype, random_inputs, random_layers
-from tests.simt.test_simt import (  # noqa: F401
-    COMPILER,
-    HERE,
-    SOURCES,
-    build,
-    emulation,
-    execute,
-    folder,
-)
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+from tests.simt.tools import execute
 
 # Relative to the largest result, after four couplings that amplify.
 TOLERANCES = {"high": 3e-3, "medium": 4e-2}
-
-
-@pytest.fixture(scope="module")
-def program(folder: Path, emulation: Path) -> Path:  # noqa: F811
-    names = ["coupling/cuda.cu", "coupling/cuda_product.cu", "coupling/cuda_rows.cu"]
-    kernels = [SOURCES / name for name in (*names, "common/cuda_device.cu")]
-    return build(folder / "coupling", HERE / "coupling.cpp", *kernels, emulation)
 
 
 class Emulated:
@@ -45,7 +28,7 @@ class Emulated:
 
     def __init__(
         self,
-        program: Path,
+        coupling: Path,
         files: Path,
         layers: Sequence[Layer],
         index: Sequence[int],
@@ -53,7 +36,7 @@ class Emulated:
         cond_dim: int,
         precision: str,
     ) -> None:
-        self.program, self.files = program, files
+        self.program, self.files = coupling, files
         self.dim, self.cond_dim = dim, cond_dim
         steps = fold(layers, dim, cond_dim, torch.float32)
         self.plan, self.packed = _coupling_cuda.pack(
@@ -96,7 +79,7 @@ class Emulated:
 
 
 def check(
-    program: Path,
+    coupling: Path,
     files: Path,
     layers: Sequence[Layer],
     index: Sequence[int],
@@ -110,7 +93,7 @@ def check(
     shape = x.shape[-1], 0 if cond is None else cond.shape[1]
     wide = as_dtype(layers, torch.float64), index, x.double()
     for precision in precisions:
-        flow = Emulated(program, files, layers, index, *shape, precision)
+        flow = Emulated(coupling, files, layers, index, *shape, precision)
         for inverse in (False, True):
             run = reference.flow_inverse if inverse else reference.flow_forward
             exact = run(*wide, None if cond is None else cond.double())
@@ -130,18 +113,18 @@ def check(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("clamp_activation", CLAMP_ACTIVATIONS)
 def test_activations_and_clamps(
-    program: Path, tmp_path: Path, activation: str, clamp_activation: str
+    coupling: Path, tmp_path: Path, activation: str, clamp_activation: str
 ) -> None:
     names = {"activation": activation, "clamp_activation": clamp_activation}
     layers, index = random_layers(7, 5, count=2, negative_slope=0.2, clamp=1.7, **names)
-    check(program, tmp_path, layers, index, *random_inputs(2, 3, 7, 5), ("highest",))
+    check(coupling, tmp_path, layers, index, *random_inputs(2, 3, 7, 5), ("highest",))
 
 
 @pytest.mark.parametrize(
     ("batch", "samples", "dim", "cond_dim"),
     [
-        (1, 1, 2, 1),  # 1 row: the hidden units go to a cluster of four blocks
-        (1, 15, 48, 56),  # a tile less one, a tile, one more: clusters of two
+        (1, 1, 2, 1),
+        (1, 15, 48, 56),  # a tile less one, a tile, one more
         (1, 16, 13, 0),
         (1, 17, 39, 17),
         (3, 7, 39, 17),  # tiles with rows of several images
@@ -152,103 +135,112 @@ def test_activations_and_clamps(
     ],
 )
 def test_shapes(
-    program: Path, tmp_path: Path, batch: int, samples: int, dim: int, cond_dim: int
+    coupling: Path, tmp_path: Path, batch: int, samples: int, dim: int, cond_dim: int
 ) -> None:
     layers, index = random_layers(dim, cond_dim, count=2)
-    check(program, tmp_path, layers, index, *random_inputs(batch, samples, dim, cond_dim))
+    check(coupling, tmp_path, layers, index, *random_inputs(batch, samples, dim, cond_dim))
+
+
+@pytest.mark.parametrize("samples", [1, 20])
+def test_clusters(coupling: Path, tmp_path: Path, samples: int) -> None:
+    """Four blocks to a tile, or two; hidden units enough for all their warps."""
+    layers, index = random_layers(10, 6, hidden=530, count=3)
+    check(coupling, tmp_path, layers, index, *random_inputs(1, samples, 10, 6))
+    layers, index = random_layers(60, 6, hidden=300, count=2)  # several groups of outputs
+    check(coupling, tmp_path, layers, index, *random_inputs(1, samples, 60, 6), ("high",))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 @pytest.mark.parametrize("dim", [9, 62])
-def test_depths(program: Path, tmp_path: Path, depth: int, dim: int) -> None:
+def test_depths(coupling: Path, tmp_path: Path, depth: int, dim: int) -> None:
     """Dim 62: more outputs than a warp holds at a time."""
     layers, index = random_layers(dim, 4, depth, hidden=40, count=2, bias=depth != 3)
-    check(program, tmp_path, layers, index, *random_inputs(2, 10, dim, 4))
+    check(coupling, tmp_path, layers, index, *random_inputs(2, 10, dim, 4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("nets", [1, 2])
 @pytest.mark.parametrize("residual", [False, True])
 def test_kinds_and_nets(
-    program: Path, tmp_path: Path, kind: str, nets: int, residual: bool
+    coupling: Path, tmp_path: Path, kind: str, nets: int, residual: bool
 ) -> None:
     make = Random(11, 6, seed=3)
     layers: list[Layer] = [
         make.coupling(kind, nets, residual=residual, activation="silu"),
         make.coupling(kind, nets, active=4, passive=5, residual=residual),
     ]
-    check(program, tmp_path, layers, make.order(), *random_inputs(2, 9, 11, 6))
+    check(coupling, tmp_path, layers, make.order(), *random_inputs(2, 9, 11, 6))
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("blocks", [0, 1, 3])
-def test_residual_nets(program: Path, tmp_path: Path, norm: bool, gate: bool, blocks: int) -> None:
+def test_residual_nets(coupling: Path, tmp_path: Path, norm: bool, gate: bool, blocks: int) -> None:
     make = Random(10, 7, seed=5)
     layers: list[Layer] = [
         make.coupling("additive", gate=gate, norm=norm, blocks=blocks, hidden=33),
         make.coupling("affine", gate=gate, norm=norm, blocks=blocks),
     ]
-    check(program, tmp_path, layers, make.order(), *random_inputs(3, 7, 10, 7))
+    check(coupling, tmp_path, layers, make.order(), *random_inputs(3, 7, 10, 7))
 
 
-def test_linear_steps(program: Path, tmp_path: Path) -> None:
+def test_linear_steps(coupling: Path, tmp_path: Path) -> None:
     make = Random(37, 6, seed=6)
     layers = [make.diagonal(), make.coupling(residual=False), make.linear(), make.diagonal()]
     layers += [make.coupling("gin", residual=False), make.diagonal()]
-    check(program, tmp_path, layers, make.order(), *random_inputs(2, 19, 37, 6))
-    check(program, tmp_path, [make.linear()], make.order(), *random_inputs(2, 19, 37, 0))
+    check(coupling, tmp_path, layers, make.order(), *random_inputs(2, 19, 37, 6))
+    check(coupling, tmp_path, [make.linear()], make.order(), *random_inputs(2, 19, 37, 0))
 
 
-def test_everything_from_the_condition(program: Path, tmp_path: Path) -> None:
+def test_everything_from_the_condition(coupling: Path, tmp_path: Path) -> None:
     make = Random(9, 5, seed=7)
     layers: list[Layer] = [make.coupling(active=9, passive=0, residual=False)]
     layers.append(make.coupling(active=9, passive=0))
-    check(program, tmp_path, layers, make.order(), *random_inputs(3, 4, 9, 5))
+    check(coupling, tmp_path, layers, make.order(), *random_inputs(3, 4, 9, 5))
 
 
 @pytest.mark.parametrize("shared", [64, 99])
 def test_little_shared_memory(
-    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: int
+    coupling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: int
 ) -> None:
     """Fewer warps and stages, and no clusters."""
     monkeypatch.setenv("SIMT_SHARED", str(shared * 1024))
     monkeypatch.setenv("SIMT_MAJOR", "8")
     layers, index = random_layers(48, 20, hidden=70, count=2)
-    check(program, tmp_path, layers, index, *random_inputs(2, 21, 48, 20))
+    check(coupling, tmp_path, layers, index, *random_inputs(2, 21, 48, 20))
     make = Random(48, 20, seed=8)
     layers = [make.coupling("additive", gate=True), make.linear(), make.coupling(nets=2)]
-    check(program, tmp_path, layers, make.order(), *random_inputs(2, 21, 48, 20))
+    check(coupling, tmp_path, layers, make.order(), *random_inputs(2, 21, 48, 20))
 
 
-def test_a_flow_that_does_not_fit(program: Path, tmp_path: Path) -> None:
+def test_a_flow_that_does_not_fit(coupling: Path, tmp_path: Path) -> None:
     make = Random(2000, 3, seed=9, dtype=torch.float32)
     layers = [make.coupling(residual=False)]
-    flow = Emulated(program, tmp_path, layers, make.order(), 2000, 3, "high")
+    flow = Emulated(coupling, tmp_path, layers, make.order(), 2000, 3, "high")
     x, cond = random_inputs(1, 1, 2000, 3, torch.float32)
     with pytest.raises(AssertionError, match="2000 dims"):
         flow.run(False, 1, 1, x, cond)
 
 
-def test_rounds_of_rows(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_of_rows(coupling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the scratch memory is too small for all rows, they go in several rounds."""
     layers, index = random_layers(6, 3, depth=3, count=2)
     x, cond = random_inputs(7, 31, 6, 3)
-    check(program, tmp_path, layers, index, x, cond, ("highest",))
+    check(coupling, tmp_path, layers, index, x, cond, ("highest",))
     monkeypatch.setattr(_coupling_cuda, "_SCRATCH_BYTES", 0)
-    check(program, tmp_path, layers, index, x, cond, ("highest",))
+    check(coupling, tmp_path, layers, index, x, cond, ("highest",))
 
 
 @pytest.mark.parametrize("fixed_dim", [0, 3, 13])
 @pytest.mark.parametrize("residual", [False, True])
-def test_samples(program: Path, tmp_path: Path, fixed_dim: int, residual: bool) -> None:
+def test_samples(coupling: Path, tmp_path: Path, fixed_dim: int, residual: bool) -> None:
     """The same noise as on the CPU, whether the flow is one launch or several."""
     make = Random(13, 5, seed=10, dtype=torch.float32)
     layers = [make.coupling(residual=residual), make.linear(), make.coupling(residual=residual)]
     index = make.order()
     _, cond = random_inputs(3, 1, 13, 5, torch.float32)
     fixed = make.normal(3, fixed_dim) if fixed_dim else None
-    flow = Emulated(program, tmp_path, layers, index, 13, 5, "highest")
+    flow = Emulated(coupling, tmp_path, layers, index, 13, 5, "highest")
     options = {"seed": 7, "image_offset": 2**31 + 5, "fixed": fixed, "include_mode": True}
     x, log_prob = flow.run(True, 3, 11, None, cond, **options)
     noise = reference.philox_normal(3, 11, 13 - fixed_dim, 7, 2**31 + 5, True)
