@@ -118,15 +118,22 @@ class PackedFlow:
         )
 
 
+def _code(codes: dict[str, int], value: str, name: str) -> int:
+    if value not in codes:
+        raise ValueError(f"{name}: expected one of {', '.join(codes)}, got {value!r}")
+    return codes[value]
+
+
 def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[Tensor]) -> None:
     """Appends what the plan says of a coupling, and its weights in the order of the packed form."""
     numbers += [
-        *(0, len(step.active), len(step.passive), _KINDS[step.kind]),
-        *(_CLAMPS[step.clamp_activation], _bits(step.clamp), len(step.nets)),
-        *(*step.active, *step.passive),
+        *(0, len(step.active), len(step.passive), _code(_KINDS, step.kind, "kind")),
+        *(_code(_CLAMPS, step.clamp_activation, "clamp_activation"), _bits(step.clamp)),
+        *(len(step.nets), *step.active, *step.passive),
     ]
     for net in step.nets:
-        numbers += [len(net.layers), _ACTIVATIONS[net.activation], _bits(net.negative_slope)]
+        activation = _code(_ACTIVATIONS, net.activation, "activation")
+        numbers += [len(net.layers), activation, _bits(net.negative_slope)]
         for layer in net.layers:
             parts = (layer.cond_weight, layer.gate, layer.add, layer.keep, layer.norm)
             numbers.append(len(layer.bias))
