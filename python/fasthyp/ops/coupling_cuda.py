@@ -102,9 +102,7 @@ class _Packer:
         self.buffers = self.kept_buffers = 0
         self.units = 1
 
-    def pack(
-        self, steps: Sequence[FoldedStep], output_index: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
+    def pack(self, steps: Sequence[FoldedStep], output_index: Sequence[int]) -> tuple[Tensor, Tensor]:
         nets = {
             id(net): self.net(net, len(step.passive))
             for step in steps
@@ -170,7 +168,9 @@ class _Packer:
             self.steps = max(self.steps, steps)
             weight = self.last_layer(first.weight, inputs)
             bias = self.floats(first.bias)
-            return _Net(*(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope))
+            return _Net(
+                *(_SINGLE, hoisted, steps, inputs // 16, weight, outputs, bias, -1, slope)
+            )
         steps = -(-passive * self.k_steps // 16)
         self.steps = max(self.steps, _up(steps, self.k_steps))
         hoisted = self.hoist_layer(first)
