@@ -223,8 +223,7 @@ class Product {
   // Block b over inputs [k, k + inputs), of which `in` holds only these: added to out, or, if k is
   // the first input, to where the sums begin.
   void add_chunk(int b, int k, int inputs, S* out, std::ptrdiff_t ldo) const {
-    Block<P> block = chunk(b, k, inputs);
-    block.x = in_.x;
+    Block<P> block = chunk(b, k, inputs, in_.x);
     block.next = weights(b + 1, k);
     block.out = out;
     block.ldo = ldo;
@@ -237,7 +236,7 @@ class Product {
     return inputs > 0 && inputs <= m_.chunk && (first_ > 0 || m_.cond_padded == 0);
   }
   void relu(int b, In* hidden, std::ptrdiff_t ldh) const {
-    Block<P> block = chunk(b, first_, m_.in_padded);
+    Block<P> block = chunk(b, first_, m_.in_padded, in_.x);
     block.next = weights(b + 1, first_);
     block.hidden = hidden;
     block.ldh = ldh;
@@ -252,7 +251,7 @@ class Product {
     for (int k = first_; k < end;) {
       // The condition's inputs and the others are summed apart.
       const int inputs = std::min(m_.chunk, (k < m_.cond_padded ? m_.cond_padded : end) - k);
-      Block<P> block = chunk(b, k, inputs);
+      Block<P> block = chunk(b, k, inputs, in_.x + (k - first_));
       block.next = k + inputs < end ? weights(b, k + inputs) : weights(b + 1, first_);
       block.out = out;
       block.ldo = ldo;
@@ -261,16 +260,15 @@ class Product {
     }
   }
 
-  // Those of block b from input k on. Behind the last block they may be no weights, which are then
-  // fetched in vain.
+  // Those of block b from input k on; behind the last block something that is fetched in vain.
   const In* weights(int b, int k) const {
     const std::int64_t stored = m_.cond_padded + m_.in_padded;
     return reinterpret_cast<const In*>(packed_ + m_.weight) + (b * stored + k) * m_.block;
   }
 
-  Block<P> chunk(int b, int k, int inputs) const {
+  Block<P> chunk(int b, int k, int inputs, const In* x) const {
     Block<P> block{};
-    block.x = in_.x + (k - first_);
+    block.x = x;
     block.ldx = in_.ld;
     block.w = weights(b, k);
     block.inputs = inputs;

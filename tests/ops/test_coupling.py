@@ -487,6 +487,10 @@ def test_bad_layers() -> None:
         ops.PackedFlow(layers, index, 9, 4, precision="best")
     with pytest.raises(ValueError, match="plain subnets"):
         ops.PackedFlow([replace(layers[0], nets=(torch.nn.Identity(),))], index, 9, 4)
+    net = replace(layers[0].nets[0], activation="softplus")
+    for wrong in ({"nets": (net,)}, {"clamp_activation": "erf"}, {"kind": "spline"}):
+        with pytest.raises(ValueError, match="expected one of"):
+            ops.PackedFlow([replace(layers[0], **wrong)], index, 9, 4)
     first, *rest = leaves_of(layers[:1])
     wrong = with_leaves(layers[:1], [first[:, 1:], *rest])
     with pytest.raises(ValueError, match="expected a weight"):

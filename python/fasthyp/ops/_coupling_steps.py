@@ -122,6 +122,8 @@ def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -
 def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str) -> FoldedCoupling:
     if layer.clamp_fn is not None:
         raise ValueError(f"{name}: expected a known clamp, got a function")
+    _check_known(KINDS, layer.kind, "kind")
+    _check_known(CLAMPS, layer.clamp_activation, "clamp_activation")
     both = layer.kind != "additive" and len(layer.nets) == 1
     outputs = (2 if both else 1) * len(layer.active)
     nets = []
@@ -135,9 +137,15 @@ def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str
     )
 
 
+def _check_known(names: dict[str, int], value: str, what: str) -> None:
+    if value not in names:
+        raise ValueError(f"{what}: expected one of {', '.join(names)}, got {value!r}")
+
+
 def _net(
     net: Net, layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, outputs: int, name: str
 ) -> FoldedNet:
+    _check_known(ACTIVATIONS, net.activation, "activation")
     folded = []
     width, last = len(layer.passive) + len(layer.cond), len(net.layers) - 1
     for i, dense in enumerate(net.layers):
