@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fasthyp.flows as flows
 from fasthyp import _C
+from fasthyp.flows.executor import FlowExecutor
 from fasthyp.reference.coupling import philox_normal, standard_normal_log_prob
 from fasthyp.sampling import HypothesisSampler, SamplerCache
 from tests.conftest import max_error, random_flow
@@ -261,6 +262,16 @@ def test_one_sampler_per_precision(net: Any) -> None:
     assert samplers.get(other, "high").flow is other
     for twin in (copy.deepcopy(samplers), pickle.loads(pickle.dumps(samplers))):
         assert not twin._samplers
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_counter_is_added(
+    net: Any, cond: Tensor, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTHYP_BACKEND", backend)
+    executor = FlowExecutor(flows.describe(net))
+    got = executor.sample(cond, 5, 3, 1, counter=torch.tensor([4, 2]))
+    assert same(got, executor.sample(cond, 5, 7, 3))
 
 
 # --- captured calls: on a CPU with a stand-in for the capture ---------------------------------

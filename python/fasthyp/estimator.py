@@ -153,7 +153,11 @@ class PoseEstimator:
         return cond.masked_fill(~observed.any(1, keepdim=True), torch.nan)
 
     def sample(self, cond: Tensor, noise: Noise) -> tuple[Tensor, ...]:
-        """First six fields of :class:`PoseEstimate`; NaN where ``cond`` (P, C) is not finite."""
+        """First six fields of :class:`PoseEstimate`; NaN where ``cond`` (P, C) is not finite.
+
+        They are what :meth:`LiftingFlow.sample` draws with ``include_mode``: its hypothesis 0 is the
+        mode, 1 to M are those of the estimate.
+        """
         x, log_prob = self._executor.sample(
             *(cond, self.num_samples + 1, noise.seed, noise.image_offset),
             include_mode=True,
