@@ -108,7 +108,7 @@ def main() -> int:
                 )
         with torch.no_grad():
             times = interleaved(contenders, options.seconds, warmup=5)
-            exact = fasthyp.restore(net).double()(flat.double(), c=[repeated.double()], rev=True)[0]
+            exact = net.double()(flat.double(), c=[repeated.double()], rev=True)[0]
             net.float()
             for precision, products in PRODUCTS.items():
                 sampler = fasthyp.HypothesisSampler(net, precision, graph=False)

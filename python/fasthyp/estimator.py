@@ -155,8 +155,8 @@ class PoseEstimator:
     def sample(self, cond: Tensor, noise: Noise) -> tuple[Tensor, ...]:
         """First six fields of :class:`PoseEstimate`; NaN where ``cond`` (P, C) is not finite.
 
-        They are what :meth:`LiftingFlow.sample` draws with ``include_mode``: its hypothesis 0 is the
-        mode, 1 to M are those of the estimate.
+        They are what :meth:`LiftingFlow.sample` draws with ``include_mode``: its hypothesis 0 is
+        the mode, 1 to M are those of the estimate.
         """
         x, log_prob = self._executor.sample(
             *(cond, self.num_samples + 1, noise.seed, noise.image_offset),
