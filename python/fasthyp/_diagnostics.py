@@ -22,6 +22,7 @@ FAMILIES = {
     "coupling": "coupling_flow",
     "gaussian_fit": "fit_gaussians",
     "heatmaps": "sample_heatmaps",
+    "mmd": "mmd2",
 }
 """Kernel families and an op of each."""
 
