@@ -52,7 +52,9 @@ def mmd2(
     return within_x + within_y - 2 * _mean(x, p, y, q, factors, kernel)
 
 
-def _within(samples: Tensor, weights: Tensor, factors: list[float], kernel: str, unbiased: bool) -> Tensor:
+def _within(
+    samples: Tensor, weights: Tensor, factors: list[float], kernel: str, unbiased: bool
+) -> Tensor:
     mean = _mean(samples, weights, samples, weights, factors, kernel)
     if not unbiased:
         return mean
@@ -60,9 +62,7 @@ def _within(samples: Tensor, weights: Tensor, factors: list[float], kernel: str,
     return (mean - len(factors) * squares) / (1 - squares)
 
 
-def _mean(
-    a: Tensor, p: Tensor, b: Tensor, q: Tensor, factors: list[float], kernel: str
-) -> Tensor:
+def _mean(a: Tensor, p: Tensor, b: Tensor, q: Tensor, factors: list[float], kernel: str) -> Tensor:
     """The kernels' weighted mean over pairs, some rows at a time."""
     rows = max(1, _PAIRS // max(1, b.shape[:-1].numel()))
     total = a.new_zeros(a.shape[:-2])
@@ -77,9 +77,7 @@ def _mean(
 
 def _sum(a: Tensor, p: Tensor, b: Tensor, q: Tensor, factors: list[float], kernel: str) -> Tensor:
     # from differences: |a|^2 + |b|^2 - 2 ab loses what is small
-    distances = sum(
-        (a[..., :, None, k] - b[..., None, :, k]).square() for k in range(a.shape[-1])
-    )
+    distances = sum((a[..., :, None, k] - b[..., None, :, k]).square() for k in range(a.shape[-1]))
     values = sum(
         1 / (1 + rate * distances)
         if kernel == "inverse_multiquadric"
