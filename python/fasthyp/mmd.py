@@ -37,7 +37,8 @@ def mmd2(
 
     Computed from differences of samples, in memory of the order of the samples. Where a gradient
     is wanted, it is computed together with the value, and the backward pass multiplies; second
-    derivatives take the PyTorch path of :mod:`fasthyp.reference.mmd`. Results do not depend on the
+    derivatives and the transforms of :mod:`torch.func` take the PyTorch path of
+    :mod:`fasthyp.reference.mmd`. Results do not depend on the
     number of threads or on what else is in the batch.
 
     Args:
@@ -69,7 +70,7 @@ def mmd2(
     for name, weights in (("x_weights", x_weights), ("y_weights", y_weights)):
         if weights is not None:
             _check_weights(name, weights)
-    if not _has_kernel(x):
+    if _transformed() or not _has_kernel(x):
         unbiased = estimator == "unbiased"
         return reference.mmd2(x, y, widths, kernel, unbiased, x_weights, y_weights)
     recording = torch.is_grad_enabled()
@@ -145,11 +146,16 @@ def _widths(bandwidths: Sequence[float]) -> list[float]:
 
 
 def _check_weights(name: str, weights: Tensor) -> None:
-    if weights.device.type != "cpu" or torch.compiler.is_compiling():
+    if weights.device.type != "cpu" or torch.compiler.is_compiling() or _transformed():
         return
     least = weights.detach().amin() if weights.numel() else 0
     if least < 0:
         raise ValueError(f"{name}: expected no negative weight, got {float(least):g}")
+
+
+def _transformed() -> bool:
+    """Whether a function transform of torch.func is at work: for the reference."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _has_kernel(x: Tensor) -> bool:

@@ -39,8 +39,9 @@ def mmd2(
 ) -> Tensor:
     """:func:`fasthyp.mmd2`, differentiable any number of times.
 
-    Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equations 3 (unbiased) and 5 (biased); the
-    kernels of Wehrbein et al., ICCV 2021 (``mmd_multiscale`` of their code), summed over bandwidths.
+    Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equations 3 (unbiased) and 5 (biased);
+    the kernels of Wehrbein et al., ICCV 2021 (``mmd_multiscale`` of their code), summed over
+    bandwidths.
     """
     p, q = normalised(x, x_weights), normalised(y, y_weights)
     # what weighs nothing is not looked at: it may be NaN
@@ -77,11 +78,12 @@ def _mean(a: Tensor, p: Tensor, b: Tensor, q: Tensor, factors: list[float], kern
 
 def _sum(a: Tensor, p: Tensor, b: Tensor, q: Tensor, factors: list[float], kernel: str) -> Tensor:
     # from differences: |a|^2 + |b|^2 - 2 ab loses what is small
-    distances = sum((a[..., :, None, k] - b[..., None, :, k]).square() for k in range(a.shape[-1]))
-    values = sum(
-        1 / (1 + rate * distances)
-        if kernel == "inverse_multiquadric"
-        else torch.exp(-rate * distances)
-        for rate in factors
-    )
+    distances = a.new_zeros(())
+    for k in range(a.shape[-1]):
+        distances = distances + (a[..., :, None, k] - b[..., None, :, k]).square()
+    values = a.new_zeros(())
+    for rate in factors:
+        scaled = rate * distances
+        rbf = kernel == "rbf"
+        values = values + (torch.exp(-scaled) if rbf else 1 / (1 + scaled))
     return (p[..., None] * values * q[..., None, :]).sum((-2, -1))
