@@ -190,8 +190,7 @@ FASTHYP_INLINE T meet(const Problem<T>& p, std::int64_t own, int row, const T (&
         for (int r = 0; r < kRows; ++r) {
           const V difference = mine[r] - column;
           sums[r] = fma(c[v][r], difference, sums[r]);
-          if constexpr (kSums == Sums::columns)
-            column_sum = fma(-c[v][r], difference, column_sum);
+          if constexpr (kSums == Sums::columns) column_sum = fma(-c[v][r], difference, column_sum);
         }
         if constexpr (kSums == Sums::columns) store(column_sums, column_sum);
       }
@@ -219,16 +218,15 @@ double block_sums(const Call& call, const Problem<T>& p, std::int64_t own, Vec<T
       if (!same && set == 1 && kSums != Sums::rows) continue;
       T row_weights[kRows];
       for (int r = 0; r < kRows; ++r)
-        row_weights[r] =
-            same ? static_cast<T>(weights[row + r] * p.scale[set]) : weights[row + r];
+        row_weights[r] = same ? static_cast<T>(weights[row + r] * p.scale[set]) : weights[row + r];
       double sum = 0;
       const std::int64_t end = p.blocks[0] + (with ? p.blocks[1] : 0);
       const std::int64_t begin = same && kSums != Sums::rows ? own : with ? p.blocks[0] : 0;
       for (std::int64_t other = begin; other < end; ++other) {
         const int first = other == own && kSums != Sums::rows ? row / kLanes<T> : 0;
         const int last = (Samples(call, other).count + kLanes<T> - 1) / kLanes<T>;
-        sum += static_cast<double>(meet<T, kKernel, kSums>(p, own, row, row_weights, other, first,
-                                                           last, row_sums));
+        sum += static_cast<double>(
+            meet<T, kKernel, kSums>(p, own, row, row_weights, other, first, last, row_sums));
       }
       if (same)
         total += kSums == Sums::rows ? sum : 2 * sum;
@@ -254,8 +252,7 @@ template <class T, Kernel kKernel>
 double block(const Call& call, std::int64_t problem, std::int64_t own, const Packed& packed) {
   const Problem<T> p(call, problem, packed);
   auto* row_sums = static_cast<Vec<T>*>(packed.row_sums);
-  if (!call.grad[p.set_of(own)])
-    return block_sums<T, kKernel, Sums::value>(call, p, own, row_sums);
+  if (!call.grad[p.set_of(own)]) return block_sums<T, kKernel, Sums::value>(call, p, own, row_sums);
   clear(p.sum(own), 1, p.dim);
   const double total = block_sums<T, kKernel, Sums::rows>(call, p, own, row_sums);
   write_gradient(call, problem, own, p.sum(own));

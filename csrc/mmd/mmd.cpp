@@ -54,8 +54,7 @@ void run(const Call& call, int threads) {
     return parallel(static_cast<int>(std::min<std::int64_t>(threads, call.problems)),
                     [&](int shard, int shards) {
                       const Memory memory = allocate(samples + sums + row_sums);
-                      const Packed packed =
-                          packed_in(memory.get(), memory.get() + samples + sums);
+                      const Packed packed = packed_in(memory.get(), memory.get() + samples + sums);
                       const Range range = shard_range(call.problems, shard, shards);
                       for (std::int64_t i = range.begin; i < range.end; ++i)
                         store_value(call, i, level.whole(call, i, packed));
@@ -68,8 +67,7 @@ void run(const Call& call, int threads) {
   std::atomic<std::int64_t> next{0};  // of the blocks of all problems
   Barrier barrier;
   parallel_team(team, [&](int index, int size) {
-    const Packed packed =
-        packed_in(memory.get(), memory.get() + samples + sums + index * row_sums);
+    const Packed packed = packed_in(memory.get(), memory.get() + samples + sums + index * row_sums);
     std::int64_t mine = next.fetch_add(1, std::memory_order_relaxed);
     for (std::int64_t i = 0; i < call.problems; ++i) {
       const Range range = shard_range(blocks, index, size);
