@@ -136,6 +136,28 @@ FASTHYP_INLINE void kernel_of(const Problem<T>& p, const Vec<T> (&distance)[kRow
   }
 }
 
+// Squared distances of the tile's rows to kCount vectors of samples.
+template <class T, int kCount>
+FASTHYP_INLINE void distances_of(const T* rows, const T* columns, int dim,
+                                 Vec<T> (&distance)[kCount][kRows]) {
+  for (auto& of_vector : distance)
+    for (Vec<T>& d : of_vector) d = splat<T>(0);
+  for (int k = 0; k < dim; ++k, rows += kBlock, columns += kBlock) {
+    Vec<T> column[kCount];
+#pragma GCC unroll 2
+    for (int v = 0; v < kCount; ++v) column[v] = load(columns + v * kLanes<T>);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> mine = splat<T>(rows[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kCount; ++v) {
+        const Vec<T> difference = column[v] - mine;
+        distance[v][r] = fma(difference, difference, distance[v][r]);
+      }
+    }
+  }
+}
+
 // The rows [row, row + kRows) of block `own` against the vectors [first, last) of block `other`:
 // the sum of c k is returned. row_weights are those of the rows, times the scale.
 template <class T, Kernel kKernel, Sums kSums>
@@ -149,17 +171,8 @@ FASTHYP_INLINE T meet(const Problem<T>& p, std::int64_t own, int row, const T (&
   const T* column_weights = columns + static_cast<std::ptrdiff_t>(dim) * kBlock;
   V total = splat<T>(0);
   V c[kVectors<T>][kRows];
-  for (int v = first; v < last; ++v) {
-    V distance[kRows], value[kRows], slope[kRows];
-    for (V& d : distance) d = splat<T>(0);
-    for (int k = 0; k < dim; ++k) {
-      const V column = load(columns + k * kBlock + v * kWidth);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const V difference = splat<T>(rows[k * kBlock + r]) - column;
-        distance[r] = fma(difference, difference, distance[r]);
-      }
-    }
+  const auto add = [&](int v, const V(&distance)[kRows]) __attribute__((always_inline)) {
+    V value[kRows], slope[kRows];
     kernel_of<T, kKernel>(p, distance, value, slope);
     const V weights = load(column_weights + v * kWidth);
 #pragma GCC unroll 4
@@ -173,6 +186,18 @@ FASTHYP_INLINE T meet(const Problem<T>& p, std::int64_t own, int row, const T (&
       total = fma(weight, value[r], total);
       c[v][r] = weight * slope[r];
     }
+  };
+  int v = first;
+  for (; v + 2 <= last; v += 2) {
+    V distance[2][kRows];
+    distances_of<T>(rows, columns + v * kWidth, dim, distance);
+    add(v, distance[0]);
+    add(v + 1, distance[1]);
+  }
+  if (v < last) {
+    V distance[1][kRows];
+    distances_of<T>(rows, columns + v * kWidth, dim, distance);
+    add(v, distance[0]);
   }
   if constexpr (kSums != Sums::value) {
     for (int k = 0; k < dim; ++k) {
