@@ -51,6 +51,7 @@ struct Job {
   Call call;
   Split split;
   T rates[kMostBandwidths];
+  T even[2];       // the weight of each sample where there are no weights
   double* values;  // (problems, blocks of a problem), or null: a problem is one block
   T* partial;      // (problems, pieces, rows, dim), or null: gradients are written at once
 };
@@ -75,11 +76,12 @@ struct Sample {
   T weight;
 };
 template <class T>
-__device__ Sample<T> sample_of(const Call& call, std::int64_t problem, std::int64_t row) {
+__device__ Sample<T> sample_of(const Job<T>& job, std::int64_t problem, std::int64_t row) {
+  const Call& call = job.call;
   const int set = row >= call.n[0];
   const std::int64_t i = problem * call.n[set] + row - (set ? call.n[0] : 0);
   const T* weights = static_cast<const T*>(call.weights[set]);
-  const T weight = weights ? weights[i] : static_cast<T>(1.0 / static_cast<double>(call.n[set]));
+  const T weight = weights ? weights[i] : job.even[set];
   return {static_cast<const T*>(set ? call.y : call.x) + i * call.dim, set ? -weight : weight};
 }
 
@@ -89,14 +91,21 @@ __device__ T coordinate(const Sample<T>& sample, int k) {
   return sample.weight != 0 ? sample.at[k] : T(0);
 }
 
+// 1 / t for t >= 1; 0 or next to it where t is beyond 1e37.
 __device__ inline float reciprocal(float t) {
 #ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, t);  // 0 beyond 2^126
+  return __fdividef(1.0f, t);
 #else
   return 1 / t;
 #endif
 }
-__device__ inline double reciprocal(double t) { return 1 / t; }
+// By Newton's steps from there: a division would be a call, for which registers are spilled.
+__device__ inline double reciprocal(double t) {
+  t = t > 1e37 ? 1e37 : t;  // keeps NaN
+  double r = static_cast<double>(reciprocal(static_cast<float>(t)));
+  r = std::fma(r, std::fma(-t, r, 1.0), r);
+  return std::fma(r, std::fma(-t, r, 1.0), r);
+}
 
 // The kernel's value, and minus its derivative by the squared distance.
 template <class T>
@@ -198,7 +207,7 @@ __global__ void __launch_bounds__(kMostThreads)
   T mine[kDim] = {}, sums[kGradient ? kDim : 1] = {};
   T in_set = 0, across = 0;  // the row's weight, for columns of its set and of the other one
   if (place.here) {
-    const auto sample = sample_of<T>(call, place.problem, place.row);
+    const auto sample = sample_of<T>(job, place.problem, place.row);
 #pragma unroll
     for (int k = 0; k < kDim; ++k)
       if (k < call.dim) mine[k] = coordinate(sample, k);
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(kMostThreads)
     if (!kGradient && start + count <= place.first_row) continue;  // met from the other side
     __syncthreads();
     for (int i = threadIdx.x; i < count * kDim; i += blockDim.x) {
-      const auto sample = sample_of<T>(call, place.problem, start + i / kDim);
+      const auto sample = sample_of<T>(job, place.problem, start + i / kDim);
       const int k = i % kDim;
       tile[i / kDim][k / kPart].v[k % kPart] = k < call.dim ? coordinate(sample, k) : T(0);
       if (k == 0) tile_weights[i / kDim] = sample.weight;
@@ -281,7 +290,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
   double total = 0;
   if (place.here) {
-    const auto mine = sample_of<T>(call, place.problem, place.row);
+    const auto mine = sample_of<T>(job, place.problem, place.row);
     const T in_set = static_cast<T>(mine.weight * scale_of(call, place.problem, place.set));
     for (std::int64_t start = place.begin; start < place.end; start += kTogether) {
       Sample<T> columns[kTogether];
@@ -289,7 +298,7 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
       for (int i = 0; i < kTogether; ++i)  // a sample of no weight where there is none
         columns[i] =
-            start + i < place.end ? sample_of<T>(call, place.problem, start + i) : Sample<T>{};
+            start + i < place.end ? sample_of<T>(job, place.problem, start + i) : Sample<T>{};
       for (int k = 0; k < call.dim; ++k) {
         const T at = coordinate(mine, k);
 #pragma unroll
@@ -382,7 +391,9 @@ template <class T>
 cudaError_t launch(const Call& call, std::byte* workspace, cudaStream_t stream) {
   constexpr std::int64_t kMostBlocks = 0x7fffffff;
   const bool gradient = call.grad[0] || call.grad[1];
-  Job<T> job{call, Split(call.n), {}, nullptr, nullptr};
+  Job<T> job{call, Split(call.n), {}, {}, nullptr, nullptr};
+  for (int set = 0; set < 2; ++set)
+    job.even[set] = static_cast<T>(1.0 / static_cast<double>(call.n[set]));
   for (int i = 0; i < call.bandwidths; ++i) job.rates[i] = static_cast<T>(call.rates[i]);
   const std::int64_t blocks = call.problems * job.split.blocks();
   if (job.split.blocks() > 1) job.values = reinterpret_cast<double*>(workspace);
