@@ -20,6 +20,7 @@
 #include "coupling/cuda.h"
 #include "gaussian_fit/gaussian_fit.h"
 #include "heatmaps/heatmaps.h"
+#include "mmd/mmd.h"
 
 namespace py = pybind11;
 using namespace fasthyp;
@@ -220,6 +221,50 @@ void heatmaps_sample(Address maps, bool is_double, std::int64_t images, std::int
 #endif
 }
 
+// --- mmd ---
+
+// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+void mmd_run(Address x, Address y, bool is_double, std::int64_t problems, std::int64_t n,
+             std::int64_t p, std::int64_t dim, Address x_weights, Address y_weights,
+             Address squares, const std::vector<double>& rates, bool rbf, bool unbiased,
+             Address value, Address x_grad, Address y_grad, Address workspace, int device,
+             std::uintptr_t threads_or_stream) {
+  constexpr std::int64_t kMostDims = 1 << 20;
+  if (problems < 0 || n < 1 || p < 1 || dim < 1 || dim > kMostDims)
+    throw std::invalid_argument("mmd: expected samples of 1 to " + std::to_string(kMostDims) +
+                                " numbers, got " + std::to_string(n) + " and " + std::to_string(p) +
+                                " of " + std::to_string(dim));
+  if (rates.empty() || rates.size() > mmd::kMostBandwidths)
+    throw std::invalid_argument("mmd: expected 1 to " + std::to_string(mmd::kMostBandwidths) +
+                                " bandwidths, got " + std::to_string(rates.size()));
+  if (!x_weights != !y_weights || !x_weights != !squares)
+    throw std::invalid_argument("mmd: expected weights of both sets, and their squares, or none");
+  mmd::Call call{pointer<const void>(x),
+                 pointer<const void>(y),
+                 is_double,
+                 problems,
+                 {n, p},
+                 static_cast<int>(dim),
+                 {pointer<const void>(x_weights), pointer<const void>(y_weights)},
+                 pointer<const double>(squares),
+                 static_cast<int>(rates.size()),
+                 {},
+                 rbf ? mmd::Kernel::rbf : mmd::Kernel::inverse_multiquadric,
+                 unbiased,
+                 pointer<void>(value),
+                 {pointer<void>(x_grad), pointer<void>(y_grad)}};
+  std::copy(rates.begin(), rates.end(), call.rates);
+  if (problems == 0) return;
+  py::gil_scoped_release release;
+  if (device < 0) return mmd::run(call, static_cast<int>(threads_or_stream));
+#if defined(FASTHYP_WITH_CUDA)
+  mmd::run_cuda(call, pointer<std::byte>(workspace), device, pointer<void>(threads_or_stream));
+#else
+  static_cast<void>(workspace);
+  throw std::invalid_argument("mmd: built without CUDA");
+#endif
+}
+
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
                    std::uint64_t seed, std::int64_t image_offset, int threads) {
   py::gil_scoped_release release;
@@ -270,6 +315,10 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("gaussian_fit_run", &gaussian_fit_run);
   m.def("heatmaps_sample", &heatmaps_sample);
+  m.def("mmd_run", &mmd_run);
+#if defined(FASTHYP_WITH_CUDA)
+  m.def("mmd_cuda_workspace", &mmd::workspace_bytes_cuda);
+#endif
   m.def("cuda_device_count", [] {
 #if defined(FASTHYP_WITH_CUDA)
     return cuda_device_count();

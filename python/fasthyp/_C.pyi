@@ -111,6 +111,30 @@ def heatmaps_sample(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
+def mmd_cuda_workspace(
+    is_double: bool, problems: int, n: int, p: int, dim: int, gradient: bool
+) -> int: ...
+def mmd_run(
+    x: int,
+    y: int,
+    is_double: bool,
+    problems: int,
+    n: int,
+    p: int,
+    dim: int,
+    x_weights: int,
+    y_weights: int,
+    squares: int,
+    rates: Sequence[float],
+    rbf: bool,
+    unbiased: bool,
+    value: int,
+    x_grad: int,
+    y_grad: int,
+    workspace: int,
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
 def philox_normal(
     out: int,
     images: int,

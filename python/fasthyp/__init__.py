@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
     from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
+    from fasthyp.mmd import MMDLoss, mmd2
     from fasthyp.sampling import HypothesisSampler
 
 __version__: str = _C.version
@@ -31,12 +32,15 @@ _HOME = {
     "fit_gaussians": "fasthyp.heatmaps",
     "heatmap_argmax": "fasthyp.heatmaps",
     "sample_heatmaps": "fasthyp.heatmaps",
+    "MMDLoss": "fasthyp.mmd",
+    "mmd2": "fasthyp.mmd",
 }
 _MODULES = ("flows", "models", "viz")
 
 __all__ = [
     "GaussianFit",
     "HypothesisSampler",
+    "MMDLoss",
     "PoseEstimate",
     "PoseEstimator",
     "accelerate",
@@ -44,6 +48,7 @@ __all__ = [
     "fit_gaussians",
     "flows",
     "heatmap_argmax",
+    "mmd2",
     "models",
     "restore",
     "sample_heatmaps",

@@ -22,6 +22,7 @@ FAMILIES = {
     "coupling": "coupling_flow",
     "gaussian_fit": "fit_gaussians",
     "heatmaps": "sample_heatmaps",
+    "mmd": "mmd2",
 }
 """Kernel families and an op of each."""
 
@@ -123,6 +124,7 @@ def doctor() -> list[Check]:
             "coupling float64": partial(_check_coupling, "highest", torch.float64, 1e-11),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),
             "heatmaps": lambda: _check_samples("cpu"),
+            "mmd": lambda: _check_mmd("cpu"),
         }
         if level.endswith("bf16"):
             ops["coupling bfloat16"] = partial(_check_coupling, "medium", torch.float32, 0.05)
@@ -138,6 +140,7 @@ def doctor() -> list[Check]:
                 ("coupling bfloat16", partial(_check_coupling, "medium", torch.float32, 0.05)),
                 ("gaussian_fit", _check_gaussian_fit),
                 ("heatmaps", _check_samples),
+                ("mmd", _check_mmd),
             ):
                 checks.append((f"{name}, cuda:{i}", partial(on_device, f"cuda:{i}"), remedy))
     checks.append(("bundled model", _check_model, _WEIGHTS))
@@ -261,6 +264,24 @@ def _check_gaussian_fit(device: str) -> str:
         },
         1e-3,
     )
+
+
+def _check_mmd(device: str) -> str:
+    from fasthyp.ops.mmd import mmd2
+    from fasthyp.reference.mmd import mmd2 as reference
+
+    found = {}
+    for n in (21, 330):
+        x = torch.sin(torch.arange(2.0 * n * 3)).reshape(2, n, 3).double().requires_grad_()
+        y = torch.cos(torch.arange(2.0 * 19 * 3)).reshape(2, 19, 3).double().requires_grad_()
+        expected = reference(x, y, (0.2, 0.9), "inverse_multiquadric", False)
+        exacts = expected.detach(), *torch.autograd.grad(expected.sum(), (x, y))
+        there = (s.detach().float().to(device) for s in (x, y))
+        settings = None, None, [0.2, 0.9], "inverse_multiquadric", "biased", True, True
+        ours = mmd2(*there, *settings)
+        for name, got, exact in zip(("value", "d/dx", "d/dy"), ours, exacts, strict=True):
+            found[f"{name}, {n} samples"] = (got, exact)
+    return _compare(found, 1e-4)
 
 
 def _check_cuda() -> str:
