@@ -261,7 +261,7 @@ def test_all_weights_zero() -> None:
     weights[0, 0] = 1
     assert fasthyp.mmd2(x, y, x_weights=weights).isfinite().all()
     value = fasthyp.mmd2(x, y, estimator="unbiased", x_weights=weights)
-    assert value.isnan().tolist() == [True, False] or value.isinf().tolist() == [True, False]
+    assert value.isnan().tolist() == [True, False]
 
 
 # --- the same whatever the machine ---
@@ -487,11 +487,25 @@ needs_gpu = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [*SHAPES, (1088, 25, 25, 2), (1, 1500, 1400, 48), (2, 5, 6, 600)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_cuda_equals_the_cpu(
+def test_cuda_mmd_is_that_of_the_cpu(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: Any, estimator: Any
+) -> None:
+    assert_cuda_equals_the_cpu(shape, dtype, kernel, estimator)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(1088, 25, 25, 2), (1, 1500, 1400, 48), (2, 300, 20, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_large(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    assert_cuda_equals_the_cpu(shape, dtype, KERNELS[0], ESTIMATORS[0])
+
+
+def assert_cuda_equals_the_cpu(
     shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: Any, estimator: Any
 ) -> None:
     x, y = samples(*shape, dtype=dtype)
