@@ -31,7 +31,7 @@ def mmd2(
 
     Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, with a sum of kernels of the distance
     d of two samples, one for each bandwidth a: ``a^2 / (a^2 + d^2)``, the inverse multiquadrics of
-    Wehrbein et al., ICCV 2021, equation 7 (its b is a^2; their code squares as well), or ``exp(-d^2
+    Wehrbein et al., ICCV 2021, equation 10 (its b is a^2; their code squares as well), or ``exp(-d^2
     / (2 a^2))``. The defaults are those of their ``mmd_multiscale`` and of HUMR's ``batch_mmd``
     (WACV 2025).
 
