@@ -38,7 +38,7 @@ step "info" 30 fasthyp info
 step "doctor" 60 fasthyp doctor
 step "GPU tests" 150 python -m pytest -m gpu tests
 # Small shapes of every kernel; not captured graphs, which the tools do not follow.
-small="cuda_steps or cuda_empty or cuda_bad_map or cuda_non_contiguous or cuda_draws"
+small="cuda_steps or cuda_empty or cuda_bad_map or cuda_non_contiguous or cuda_draws or cuda_mmd"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do
     step "compute-sanitizer $tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 1 \
@@ -47,7 +47,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not on PATH: left out"
 fi
-for name in coupling_cuda estimator gaussian_fit heatmaps; do
+for name in coupling_cuda estimator gaussian_fit heatmaps mmd; do
   step "benchmark $name" 90 python "benchmarks/bench_$name.py" --json "$measured/$name.json"
 done
 step "summary" 30 python benchmarks/gpu_summary.py "$measured" "$result"

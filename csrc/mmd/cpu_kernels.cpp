@@ -11,6 +11,7 @@ namespace {
 using namespace mmd;
 
 constexpr int kRows = 4;  // of a tile; divides kBlock
+static_assert(kRows * FASTHYP_SIMD_BYTES <= kRowSums);
 template <class T>
 constexpr int kVectors = kBlock / kLanes<T>;
 
@@ -35,7 +36,7 @@ FASTHYP_INLINE Vec<T> reciprocal(Vec<T> t) {
   return splat<T>(1) / t;
 }
 
-// Added up in halves, whatever the level in the same order for as many lanes.
+// Added up in halves.
 template <class T>
 FASTHYP_INLINE T sum_lanes(Vec<T> v) {
   T lanes[kLanes<T>];
@@ -207,15 +208,15 @@ FASTHYP_INLINE T meet(const Problem<T>& p, std::int64_t own, int row, const T (&
         sums[r] = row_sums[k * kRows + r];
         mine[r] = splat<T>(rows[k * kBlock + r]);
       }
-      for (int v = first; v < last; ++v) {
-        const V column = load(columns + k * kBlock + v * kWidth);
-        T* column_sums = p.sum(other) + k * kBlock + v * kWidth;
+      for (int i = first; i < last; ++i) {
+        const V column = load(columns + k * kBlock + i * kWidth);
+        T* column_sums = p.sum(other) + k * kBlock + i * kWidth;
         V column_sum = kSums == Sums::columns ? load(column_sums) : splat<T>(0);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const V difference = mine[r] - column;
-          sums[r] = fma(c[v][r], difference, sums[r]);
-          if constexpr (kSums == Sums::columns) column_sum = fma(-c[v][r], difference, column_sum);
+          sums[r] = fma(c[i][r], difference, sums[r]);
+          if constexpr (kSums == Sums::columns) column_sum = fma(-c[i][r], difference, column_sum);
         }
         if constexpr (kSums == Sums::columns) store(column_sums, column_sum);
       }

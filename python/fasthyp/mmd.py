@@ -31,15 +31,15 @@ def mmd2(
 
     Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, with a sum of kernels of the distance
     d of two samples, one for each bandwidth a: ``a^2 / (a^2 + d^2)``, the inverse multiquadrics of
-    Wehrbein et al., ICCV 2021, equation 7 (its b is a^2; their code squares as well), or ``exp(-d^2
-    / (2 a^2))``. The defaults are those of their ``mmd_multiscale`` and of HUMR's ``batch_mmd``
-    (WACV 2025).
+    Wehrbein et al., ICCV 2021, equation 10 (its b is a^2; their code squares as well), or
+    ``exp(-d^2 / (2 a^2))``. The defaults are those of their ``mmd_multiscale`` and of HUMR's
+    ``batch_mmd`` (WACV 2025).
 
     Computed from differences of samples, in memory of the order of the samples. Where a gradient
     is wanted, it is computed together with the value, and the backward pass multiplies; second
     derivatives and the transforms of :mod:`torch.func` take the PyTorch path of
-    :mod:`fasthyp.reference.mmd`. Results do not depend on the
-    number of threads or on what else is in the batch.
+    :mod:`fasthyp.reference.mmd`. Results do not depend on the number of threads or on what else is
+    in the batch.
 
     Args:
         x: (..., N, D) float32 or float64 on a CPU or CUDA device; float16 and bfloat16 are computed

@@ -261,7 +261,7 @@ def test_all_weights_zero() -> None:
     weights[0, 0] = 1
     assert fasthyp.mmd2(x, y, x_weights=weights).isfinite().all()
     value = fasthyp.mmd2(x, y, estimator="unbiased", x_weights=weights)
-    assert value.isnan().tolist() == [True, False] or value.isinf().tolist() == [True, False]
+    assert value.isnan().tolist() == [True, False]
 
 
 # --- the same whatever the machine ---
@@ -446,18 +446,18 @@ def test_opcheck(dtype: torch.dtype, weighted: bool, wanted: tuple[bool, bool]) 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles(dynamic: bool) -> None:
-    def step(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss(x, y), (x, y))
+def test_compiles(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(reference, "mmd2")  # both passes take the kernels
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return (fasthyp.mmd2(x.sin(), y) * 2).sum()
 
     x, y = samples(2, 9, 8, 3)
-    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
-    expected, value = step(x, y), compiled(x, y)
-    assert torch.equal(value, loss(x, y))
-    torch.testing.assert_close(torch.autograd.grad(value, (x, y)), expected)
+    expected = loss(x, y)
+    value = torch.compile(loss, fullgraph=True, dynamic=dynamic)(x, y)
+    assert torch.equal(value, expected)
+    ours, theirs = (torch.autograd.grad(v, (x, y)) for v in (value, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_function_transforms() -> None:
@@ -487,11 +487,25 @@ needs_gpu = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("shape", [*SHAPES, (1088, 25, 25, 2), (1, 1500, 1400, 48), (2, 5, 6, 600)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_cuda_equals_the_cpu(
+def test_cuda_mmd_is_that_of_the_cpu(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: Any, estimator: Any
+) -> None:
+    assert_cuda_equals_the_cpu(shape, dtype, kernel, estimator)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("shape", [(1088, 25, 25, 2), (1, 1500, 1400, 48), (2, 300, 20, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuda_large(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    assert_cuda_equals_the_cpu(shape, dtype, KERNELS[0], ESTIMATORS[0])
+
+
+def assert_cuda_equals_the_cpu(
     shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: Any, estimator: Any
 ) -> None:
     x, y = samples(*shape, dtype=dtype)
