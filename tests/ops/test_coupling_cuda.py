@@ -5,6 +5,7 @@ The kernels' every step and awkward shape is tested in ``tests/simt``; here is w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,35 @@ def test_bad_plans() -> None:
             continue  # the bits of a double
         with pytest.raises(ValueError, match="CUDA flow plan"):
             workspace(changed, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"batch": -1}, ValueError, "batch, num_samples: expected >= 0"),
+        ({"num_samples": -1}, ValueError, "batch, num_samples: expected >= 0"),
+        ({"cond": torch.randn(2, 4)}, ValueError, "cond: expected shape"),
+        ({"cond": None}, ValueError, "cond: expected shape"),
+        ({"cond": torch.randn(3, 4).double()}, TypeError, "cond: expected dtype"),
+        ({"fixed": torch.randn(3, 10)}, ValueError, "fixed: expected shape"),
+        ({"fixed": torch.randn(3, 2).double()}, TypeError, "fixed: expected dtype"),
+        ({"counter": torch.zeros(2)}, ValueError, "counter: expected int64"),
+        ({"plan": torch.zeros(9)}, ValueError, "plan: expected"),
+        ({"packed": torch.zeros(64)}, ValueError, "packed: expected"),
+    ],
+)
+def test_bad_samples(change: dict[str, Any], error: type, message: str) -> None:
+    """Refused before anything is launched."""
+    layers, index = random_layers(9, 4, dtype=torch.float32)
+    steps = fold(layers, 9, 4, torch.float32)
+    plan, weights = _coupling_cuda.pack(steps, index, 9, 4, "high", torch.device("cpu"))
+    arguments = {
+        **{"cond": torch.randn(3, 4), "fixed": None, "packed": weights, "plan": plan},
+        **{"batch": 3, "num_samples": 5, "seed": 0, "image_offset": 0},
+        **{"include_mode": False, "counter": None},
+    }
+    with pytest.raises(error, match=message):
+        _coupling_cuda.sample(**{**arguments, **change})
 
 
 # --- with a device ---

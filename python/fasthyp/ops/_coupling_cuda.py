@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fasthyp import _C
+from fasthyp.ops._coupling_checks import check_cond, check_dtype, check_sample
 from fasthyp.ops._coupling_steps import (
     ACTIVATIONS,
     CLAMPS,
@@ -398,8 +399,9 @@ def flow(
     dim = _check(plan, packed)
     if x.dim() != 3 or x.shape[2] != dim:
         raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
-    _check_float("x", x, packed)
-    _check_cond(plan, packed, cond, x.shape[0])
+    check_dtype("x", x, torch.float32)
+    check_cond(cond, x.shape[0], int(plan[2]), torch.float32)
+    _check_device(packed, x=x, cond=cond)
     if cond is not None and x.shape[1] == 1 and x.shape[0] > 1 and cond.stride(0) == 0:
         # one condition expanded over all rows is one image
         flat, log_det = flow(x.transpose(0, 1), cond[:1], packed, plan, inverse)
@@ -421,17 +423,10 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """Draws latents and inverts them: x (B, M, D), log-density (B, M)."""
     dim = _check(plan, packed)
-    _check_cond(plan, packed, cond, batch)
-    if counter is not None:
-        check_counter(counter)
-    if counter is not None and counter.device != packed.device:
-        raise ValueError(f"counter: expected on {packed.device}, got it on {counter.device}")
-    if fixed is not None:
-        _check_float("fixed", fixed, packed)
-        if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
-            raise ValueError(
-                f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
-            )
+    check_cond(cond, batch, int(plan[2]), torch.float32)
+    _check_device(packed, cond=cond)
+    check_sample(batch, num_samples, fixed, counter, dim, torch.float32)
+    _check_device(packed, fixed=fixed, counter=counter)
     out = torch.empty(batch, num_samples, dim, device=packed.device)
     return _run(
         *(plan, packed, True, None, cond, out),
@@ -441,13 +436,6 @@ def sample(
         fixed=fixed,
         include_mode=include_mode,
     )
-
-
-def check_counter(counter: Tensor) -> None:
-    if counter.dtype != torch.int64 or tuple(counter.shape) != (2,):
-        raise ValueError(
-            f"counter: expected int64 of shape (2,), got {counter.dtype} {tuple(counter.shape)}"
-        )
 
 
 def _check(plan: Tensor, packed: Tensor) -> int:
@@ -465,22 +453,12 @@ def _check(plan: Tensor, packed: Tensor) -> int:
     return int(plan[1])
 
 
-def _check_float(name: str, tensor: Tensor, packed: Tensor) -> None:
-    if tensor.dtype != torch.float32:
-        raise TypeError(f"{name}: expected dtype torch.float32 on CUDA, got {tensor.dtype}")
-    if tensor.device != packed.device:
-        raise ValueError(
-            f"{name}: expected on {packed.device}, as the flow, got it on {tensor.device}"
-        )
-
-
-def _check_cond(plan: Tensor, packed: Tensor, cond: Tensor | None, batch: int) -> None:
-    cond_dim = int(plan[2])
-    got = None if cond is None else tuple(cond.shape)
-    if got != ((batch, cond_dim) if cond_dim or cond is not None else None):
-        raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got {got}")
-    if cond is not None:
-        _check_float("cond", cond, packed)
+def _check_device(packed: Tensor, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != packed.device:
+            raise ValueError(
+                f"{name}: expected on {packed.device}, as the flow, got it on {tensor.device}"
+            )
 
 
 def _run(

@@ -20,6 +20,7 @@ from torch import Tensor
 from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_cuda
+from fasthyp.ops._coupling_checks import check_cond, check_sample
 from fasthyp.ops._coupling_steps import (
     ACTIVATIONS,
     CLAMPS,
@@ -227,15 +228,7 @@ def _check(
     expected = torch.float64 if int(plan[2]) == 1 else torch.float32
     if dtype != expected:
         raise TypeError(f"x: expected dtype {expected}, as the flow, got {dtype}")
-    cond_dim = int(plan[1])
-    if cond is None:
-        if cond_dim:
-            raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got None")
-        return
-    if cond.dtype != expected:
-        raise TypeError(f"cond: expected dtype {expected}, as the flow, got {cond.dtype}")
-    if tuple(cond.shape) != (batch, cond_dim):
-        raise ValueError(f"cond: expected shape ({batch}, {cond_dim}), got {tuple(cond.shape)}")
+    check_cond(cond, batch, int(plan[1]), expected)
 
 
 def _run(
@@ -300,17 +293,8 @@ def _sample_cpu(
     dim = int(plan[0])
     dtype = torch.float64 if int(plan[2]) == 1 else torch.float32
     _check(plan, packed, cond, batch, dtype)
-    if batch < 0 or num_samples < 0:
-        raise ValueError(f"batch, num_samples: expected >= 0, got {batch}, {num_samples}")
-    if fixed is not None:
-        if fixed.dtype != dtype:
-            raise TypeError(f"fixed: expected dtype {dtype}, as the flow, got {fixed.dtype}")
-        if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
-            raise ValueError(
-                f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
-            )
+    check_sample(batch, num_samples, fixed, counter, dim, dtype)
     if counter is not None:
-        _coupling_cuda.check_counter(counter)
         seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
     out = torch.empty(batch, num_samples, dim, dtype=dtype)
     return _run(
