@@ -95,7 +95,6 @@ def test_bad_plans() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"batch": -1}, ValueError, "batch, num_samples: expected >= 0"),
         ({"num_samples": -1}, ValueError, "batch, num_samples: expected >= 0"),
         ({"cond": torch.randn(2, 4)}, ValueError, "cond: expected shape"),
         ({"cond": None}, ValueError, "cond: expected shape"),
