@@ -1,4 +1,4 @@
-"""A coupling flow in numbers: what the packers of the CPU and the CUDA kernels read.
+"""A coupling flow in numbers: what the CPU and the CUDA kernels read.
 
 :func:`fold` computes, in float64, everything that depends on the weights alone: batch norms in eval
 mode become part of the linears before them (or a scale and shift where a residual is kept first),
@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fasthyp.reference.coupling import (
     BatchNorm,
     CouplingLayer,
+    Dense,
     Layer,
     LinearLayer,
     Net,
+    apply_layer,
 )
 
 
@@ -98,9 +101,15 @@ def double_bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-@torch.no_grad()
+def bits_double(bits: int) -> float:
+    """The inverse of :func:`double_bits`."""
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
 def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -> list[FoldedStep]:
     """The layers in numbers; weights of couplings in ``dtype``.
+
+    Differentiable; the packers call it without gradients.
 
     Raises:
         ValueError: a layer has an opaque subnet or a clamp of the user's own, or its tensors do not
@@ -117,6 +126,59 @@ def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -
         else:
             steps.append(_coupling(layer, cond_dim, dtype, name))
     return steps
+
+
+def run_folded(
+    steps: Sequence[FoldedStep],
+    output_index: Sequence[int],
+    x: Tensor,
+    cond: Tensor | None,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The pass (B, M, D) -> (B, M, D), log-Jacobian (B, M) of the couplings alone, in PyTorch.
+
+    The reference of what trains folded flows: differentiable by all tensors of the steps that this
+    direction reads (an inverse pass reads the inverse of a linear step, a forward pass does not).
+    """
+    slots = torch.tensor(output_index, device=x.device)
+    state, log_jac = x, x.new_zeros(x.shape[:-1])
+    if inverse:
+        state = state.index_select(-1, slots.argsort())
+    for step in reversed(steps) if inverse else steps:
+        if isinstance(step, FoldedLinear):
+            weight, shift = step.weight, step.shift
+            if inverse:
+                weight, shift = step.inverse_weight, step.inverse_shift
+            state = state * weight + shift if step.diagonal else F.linear(state, weight, shift)
+        else:
+            state, change = apply_layer(_unfold_coupling(step, cond), state, cond, inverse)
+            log_jac = log_jac + change
+    return (state if inverse else state.index_select(-1, slots)), log_jac
+
+
+def _unfold_coupling(step: FoldedCoupling, cond: Tensor | None) -> CouplingLayer:
+    cond_dim = 0 if cond is None else cond.shape[1]
+    nets = []
+    for net in step.nets:
+        layers = []
+        for i, dense in enumerate(net.layers):
+            weight, norm = dense.weight, None
+            if i == 0 and cond_dim:
+                cond_weight = dense.cond_weight
+                if cond_weight is None:
+                    cond_weight = weight.new_zeros(weight.shape[0], cond_dim)
+                weight = torch.cat([weight, cond_weight], 1)
+            if dense.norm is not None:
+                zeros, ones = (f(dense.bias) for f in (torch.zeros_like, torch.ones_like))
+                norm = BatchNorm(zeros, ones, *dense.norm, eps=0.0)
+            layers.append(
+                Dense(weight, dense.bias, dense.gate, dense.add, dense.keep, norm, dense.activate)
+            )
+        nets.append(Net(tuple(layers), net.activation, net.negative_slope))
+    return CouplingLayer(
+        *(step.active, step.passive, tuple(range(cond_dim)), tuple(nets)),
+        *(step.kind, step.clamp, step.clamp_activation),
+    )
 
 
 def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str) -> FoldedCoupling:
@@ -149,11 +211,9 @@ def _net(
     folded = []
     width, last = len(layer.passive) + len(layer.cond), len(net.layers) - 1
     for i, dense in enumerate(net.layers):
-        weight = dense.weight.detach().to(dtype)
-        if dense.bias is None:
-            bias = weight.new_zeros(weight.shape[0])
-        else:
-            bias = dense.bias.detach().to(dtype)
+        weight = dense.weight.to(dtype)
+        bias = dense.bias
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
         if i == 0 and net.inputs is not None:
             weight = weight[:, list(net.inputs)]
         if i == last and net.outputs is not None:
@@ -177,13 +237,13 @@ def _net(
             weight = weight[:, :split]
         if dense.gate is not None:
             gate_weight, gate_bias = dense.gate
-            shift = bias.new_zeros(len(bias)) if gate_bias is None else gate_bias.detach().to(dtype)
-            gate = _spread(gate_weight.detach().to(dtype), layer.cond, cond_dim), shift
+            shift = bias.new_zeros(len(bias)) if gate_bias is None else gate_bias.to(dtype)
+            gate = _spread(gate_weight.to(dtype), layer.cond, cond_dim), shift
         if norm is not None:
             norm = norm[0].to(dtype), norm[1].to(dtype)
         folded.append(
             FoldedDense(
-                *(weight.contiguous(), bias.contiguous(), cond_weight, gate),
+                *(weight, bias, cond_weight, gate),
                 *(dense.add, dense.keep, norm, dense.activate),
             )
         )
@@ -196,7 +256,7 @@ def _net(
 def _spread(weight: Tensor, columns: Sequence[int], cond_dim: int) -> Tensor:
     """The weight of condition columns as one of the whole condition."""
     if tuple(columns) == tuple(range(cond_dim)):
-        return weight.contiguous()
+        return weight
     out = weight.new_zeros(weight.shape[0], cond_dim)
     out[:, list(columns)] = weight
     return out
@@ -216,7 +276,7 @@ def _scaled(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple
 
 
 def _linear(layer: LinearLayer, dim: int, name: str) -> FoldedLinear:
-    found = layer.evaluate(*(tensor.detach().double() for tensor in layer.tensors))
+    found = layer.evaluate(*(tensor.double() for tensor in layer.tensors))
     weight, shift = found.weight.double(), found.shift.double()
     expected = (dim,) if layer.diagonal else (dim, dim)
     if tuple(weight.shape) != expected or tuple(shift.shape) != (dim,):

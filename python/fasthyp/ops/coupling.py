@@ -21,16 +21,8 @@ from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_cuda
 from fasthyp.ops._coupling_checks import check_cond, check_sample
-from fasthyp.ops._coupling_steps import (
-    ACTIVATIONS,
-    CLAMPS,
-    KINDS,
-    FoldedCoupling,
-    FoldedLinear,
-    FoldedStep,
-    double_bits,
-    fold,
-)
+from fasthyp.ops._coupling_plan import describe
+from fasthyp.ops._coupling_steps import CLAMPS, FoldedStep, fold
 from fasthyp.ops._library import address, contiguous, define, signed
 from fasthyp.reference.coupling import Layer
 
@@ -81,7 +73,8 @@ class PackedFlow:
         self.dim, self.cond_dim, self.dtype, self.precision = dim, cond_dim, dtype, precision
         self.device = torch.device(device)
         operands = operand_dtype(precision, dtype)
-        steps = fold(layers, dim, cond_dim, dtype)
+        with torch.no_grad():
+            steps = fold(layers, dim, cond_dim, dtype)
         if self.device.type == "cuda":
             if dtype != torch.float32:
                 raise TypeError(f"dtype: expected torch.float32 on CUDA, got {dtype}")
@@ -136,13 +129,8 @@ def _pack_cpu(
 ) -> tuple[Tensor, Tensor]:
     """The plan (int64) and the packed weights (uint8)."""
     element = _ELEMENTS[operands]
-    numbers = [dim, cond_dim, element, _C.coupling_lanes(element), len(steps), *output_index]
-    tensors: list[Tensor] = []
-    for step in steps:
-        if isinstance(step, FoldedCoupling):
-            _describe_coupling(step, numbers, tensors)
-        else:
-            _describe_linear(step, numbers, tensors)
+    lanes = _C.coupling_lanes(element)
+    numbers, tensors = describe(steps, output_index, dim, cond_dim, element, lanes)
     tensors = [tensor.to("cpu", dtype).contiguous() for tensor in tensors]
     plan = torch.tensor(numbers, dtype=torch.int64)
     packed = torch.empty(_C.coupling_packed_bytes(numbers), dtype=torch.uint8)
@@ -152,31 +140,6 @@ def _pack_cpu(
         *(packed.data_ptr(), packed.numel()),
     )
     return plan, packed
-
-
-def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[Tensor]) -> None:
-    """Appends what the plan says of a coupling, and its weights in the order of the packed form."""
-    numbers += [
-        *(0, len(step.active), len(step.passive), KINDS[step.kind]),
-        *(CLAMPS[step.clamp_activation], double_bits(step.clamp), len(step.nets)),
-        *(*step.active, *step.passive),
-    ]
-    for net in step.nets:
-        numbers += [len(net.layers), ACTIVATIONS[net.activation], double_bits(net.negative_slope)]
-        for layer in net.layers:
-            parts = (layer.cond_weight, layer.gate, layer.add, layer.keep, layer.norm)
-            numbers.append(len(layer.bias))
-            numbers += [int(part is not None and part is not False) for part in parts]
-            numbers.append(int(layer.activate))
-            tensors.append(layer.weight)
-            if layer.cond_weight is not None:
-                tensors.append(layer.cond_weight)
-            tensors += [layer.bias, *(layer.gate or ()), *(layer.norm or ())]
-
-
-def _describe_linear(step: FoldedLinear, numbers: list[int], tensors: list[Tensor]) -> None:
-    numbers += [1, int(step.diagonal), double_bits(float(step.log_det))]
-    tensors += [step.weight, step.shift, step.inverse_weight, step.inverse_shift]
 
 
 def affine_coupling(

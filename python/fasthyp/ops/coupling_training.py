@@ -1,0 +1,291 @@
+"""Whole coupling flows as one differentiable op per direction.
+
+Forward, the op is the fused flow of :mod:`fasthyp.ops.coupling`. Backward, it walks the steps from
+the output: each step's input is reconstructed by the step's own inverse, its hidden layers are
+computed again tile by tile, and gradients of input, condition and weights come out of the same
+sweep, so memory does not grow with the number of steps. What a pass keeps for that is up to the
+engine: nothing; the states before every ``keep_every``-th step, so that rounding does not build up
+over many reconstructions; or the hidden layers as well (``store``), which are then not recomputed.
+
+The gradient of a pass flows to the *folded* weights (:func:`~fasthyp.ops._coupling_steps.fold`),
+and through the folding, which is plain PyTorch, to the parameters of the modules. Log-determinants
+of linear steps do not depend on the rows and are added outside the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasthyp import _C
+from fasthyp._environment import num_threads
+from fasthyp.ops import _coupling_training_cuda as cuda
+from fasthyp.ops._coupling_checks import check_cond
+from fasthyp.ops._coupling_plan import parse
+from fasthyp.ops._coupling_steps import run_folded
+from fasthyp.ops._library import LIBRARY, address, contiguous
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+def _run_cpu(
+    x: Tensor,
+    cond: Tensor | None,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    plan: list[int],
+    inverse: bool,
+    keep_every: int,
+    store: bool,
+    precision: str,
+) -> Outputs:
+    _check(x, cond, weights, plan)
+    if not hasattr(_C, "coupling_backward"):  # TEMPORARY: until the kernels are there
+        steps, index = parse(plan, weights)
+        out, log_det = run_folded(steps, index, x, cond, inverse)
+        return out, log_det, x.clone()
+    out, log_det, saved = _allocate(x, plan, keep_every, store)
+    packed = _packed(packed, weights, plan)
+    x, cond = x.contiguous(), contiguous(cond)
+    _C.coupling_pass(
+        *(plan, packed.data_ptr(), packed.numel(), inverse, x.shape[0], x.shape[1]),
+        *(x.data_ptr(), address(cond), out.data_ptr(), log_det.data_ptr(), saved.data_ptr()),
+        *(keep_every, store, num_threads()),
+    )
+    return out, log_det, saved
+
+
+def _backward_cpu(
+    out: Tensor,
+    saved: Tensor,
+    cond: Tensor | None,
+    grad_out: Tensor,
+    grad_log_det: Tensor | None,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    plan: list[int],
+    inverse: bool,
+    keep_every: int,
+    store: bool,
+    precision: str,
+    wanted: list[bool],
+) -> Outputs:
+    if not hasattr(_C, "coupling_backward"):  # TEMPORARY: until the kernels are there
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (saved, *weights)]
+            c = None if cond is None else cond.detach().requires_grad_()
+            steps, index = parse(plan, leaves[1:])
+            results = run_folded(steps, index, leaves[0], c, inverse)
+            pairs = [(r, g) for r, g in zip(results, (grad_out, grad_log_det)) if g is not None]
+            pairs = [(r, g) for r, g in pairs if r.requires_grad]
+            inputs = leaves if c is None else [*leaves, c]
+            found = list(
+                torch.autograd.grad(
+                    [r for r, _ in pairs],
+                    inputs,
+                    [g for _, g in pairs],
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+        kept = [g.reshape(-1) for g, want in zip(found[1:], wanted[1:]) if want]
+        flat = torch.cat(kept) if kept else out.new_empty(0)
+        return found[0], found[-1] if wanted[0] else out.new_empty(0), flat
+    grads = grad_x, grad_cond, grad_weights = _allocate_grads(out, cond, weights, wanted)
+    packed = _packed(packed, weights, plan)
+    out, saved, grad_out = out.contiguous(), saved.contiguous(), grad_out.contiguous()
+    cond, grad_log_det = contiguous(cond), contiguous(grad_log_det)
+    _C.coupling_backward(
+        *(plan, packed.data_ptr(), packed.numel(), inverse, out.shape[0], out.shape[1]),
+        *(out.data_ptr(), saved.data_ptr(), keep_every, store, address(cond)),
+        *(grad_out.data_ptr(), address(grad_log_det), grad_x.data_ptr()),
+        *(grad_cond.data_ptr() if wanted[0] else 0, grad_weights.data_ptr(), wanted[1:]),
+        num_threads(),
+    )
+    return grads
+
+
+def pack(weights: Sequence[Tensor], plan: Sequence[int]) -> Tensor:
+    """The weights in the form that the CPU kernels read."""
+    tensors = [weight.detach().contiguous() for weight in weights]
+    packed = torch.empty(_C.coupling_packed_bytes(plan), dtype=torch.uint8)
+    numbers = torch.tensor(plan, dtype=torch.int64)
+    _C.coupling_pack(
+        *(numbers.data_ptr(), len(numbers)),
+        [(tensor.data_ptr(), tensor.numel()) for tensor in tensors],
+        *(packed.data_ptr(), packed.numel()),
+    )
+    return packed
+
+
+def _packed(packed: Tensor | None, weights: list[Tensor], plan: list[int]) -> Tensor:
+    return pack(weights, plan) if packed is None else packed
+
+
+def _check(x: Tensor, cond: Tensor | None, weights: list[Tensor], plan: list[int]) -> None:
+    dim, cond_dim, element = plan[:3]
+    dtype = torch.float64 if element == 1 else torch.float32
+    if x.dtype != dtype:
+        raise TypeError(f"x: expected dtype {dtype}, as the flow, got {x.dtype}")
+    if x.dim() != 3 or x.shape[2] != dim:
+        raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
+    check_cond(cond, x.shape[0], cond_dim, dtype)
+    for i, weight in enumerate(weights):
+        if weight.dtype != dtype:
+            raise TypeError(f"weights[{i}]: expected dtype {dtype}, as x, got {weight.dtype}")
+        if weight.device != x.device:
+            raise ValueError(f"weights[{i}]: is on {weight.device}, x is on {x.device}")
+
+
+def _allocate(x: Tensor, plan: list[int], keep_every: int, store: bool) -> Outputs:
+    if not hasattr(_C, "coupling_backward"):  # TEMPORARY
+        return x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_empty(x.shape)
+    size = cuda if x.device.type == "cuda" else _C
+    width = size.coupling_saved_width(plan, keep_every, store)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape[:2]),
+        x.new_empty((*x.shape[:2], width)),
+    )
+
+
+def _allocate_grads(
+    out: Tensor, cond: Tensor | None, weights: list[Tensor], wanted: list[bool]
+) -> Outputs:
+    numbers = sum(w.numel() for w, want in zip(weights, wanted[1:], strict=True) if want)
+    cond_shape = cond.shape if cond is not None and wanted[0] else (0,)
+    return out.new_empty(out.shape), out.new_empty(cond_shape), out.new_empty(numbers)
+
+
+def _run_fake(
+    x: Tensor,
+    cond: Tensor | None,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    plan: list[int],
+    inverse: bool,
+    keep_every: int,
+    store: bool,
+    precision: str,
+) -> Outputs:
+    _check(x, cond, weights, plan)
+    return _allocate(x, plan, keep_every, store)
+
+
+def _backward_fake(
+    out: Tensor,
+    saved: Tensor,
+    cond: Tensor | None,
+    grad_out: Tensor,
+    grad_log_det: Tensor | None,
+    weights: list[Tensor],
+    packed: Tensor | None,
+    plan: list[int],
+    inverse: bool,
+    keep_every: int,
+    store: bool,
+    precision: str,
+    wanted: list[bool],
+) -> Outputs:
+    return _allocate_grads(out, cond, weights, wanted)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    x, cond, weights, packed, *ctx.settings = inputs
+    out, _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    # x only serves second derivatives; it lives on in the caller's graph anyway.
+    ctx.save_for_backward(x, cond, out, saved, packed, *weights)
+
+
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_log_det: Tensor | None, _: Any
+) -> tuple[Any, ...]:
+    x, cond, out, saved, packed, *weights = ctx.saved_tensors
+    plan, inverse, keep_every, store, precision = ctx.settings
+    needs_x, needs_cond, needs_weights = ctx.needs_input_grad[:3]
+    if not isinstance(needs_weights, list | tuple):
+        needs_weights = [needs_weights] * len(weights)
+    rest = (None,) * 6
+    if grad_out is None and grad_log_det is None:
+        return None, None, [None] * len(weights), *rest
+    if torch.is_grad_enabled():
+        grads = _second_order(
+            *(x, cond, weights, plan, inverse, grad_out, grad_log_det),
+            (needs_x, needs_cond, *needs_weights),
+        )
+        return grads[0], grads[1], grads[2:], *rest
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    wanted = [bool(needs_cond), *map(bool, needs_weights)]
+    grad_x, grad_cond, flat = coupling_pass_backward(
+        *(out, saved, cond, grad_out, grad_log_det, weights, packed),
+        *(plan, inverse, keep_every, store, precision, wanted),
+    )
+    sizes = [w.numel() for w, need in zip(weights, needs_weights, strict=True) if need]
+    parts = iter(flat.split(sizes) if sizes else ())
+    grads = [
+        next(parts).view(weight.shape) if need else None
+        for weight, need in zip(weights, needs_weights, strict=True)
+    ]
+    return grad_x if needs_x else None, grad_cond if needs_cond else None, grads, *rest
+
+
+def _second_order(
+    x: Tensor,
+    cond: Tensor | None,
+    weights: list[Tensor],
+    plan: list[int],
+    inverse: bool,
+    grad_out: Tensor | None,
+    grad_log_det: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients that have gradients themselves: of the pass in plain PyTorch."""
+    steps, output_index = parse(plan, weights)
+    results = run_folded(steps, output_index, x, cond, inverse)
+    pairs = [
+        (result, grad)
+        for result, grad in zip(results, (grad_out, grad_log_det), strict=True)
+        if grad is not None and result.requires_grad
+    ]
+    inputs = [x, cond, *weights]
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in pairs],
+            wanted,
+            [grad for _, grad in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need else None for need in needs]
+
+
+LIBRARY.define(
+    "coupling_pass(Tensor x, Tensor? cond, Tensor[] weights, Tensor? packed, int[] plan, "
+    "bool inverse, int keep_every, bool store, str precision) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "coupling_pass_backward(Tensor out, Tensor saved, Tensor? cond, Tensor grad_out, "
+    "Tensor? grad_log_det, Tensor[] weights, Tensor? packed, int[] plan, bool inverse, "
+    "int keep_every, bool store, str precision, bool[] wanted) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl("coupling_pass", _run_cpu, "CPU")
+LIBRARY.impl("coupling_pass_backward", _backward_cpu, "CPU")
+if _C.cuda_archs is not None:
+    LIBRARY.impl("coupling_pass", cuda.run, "CUDA")
+    LIBRARY.impl("coupling_pass_backward", cuda.backward, "CUDA")
+torch.library.register_fake("fasthyp::coupling_pass", _run_fake, lib=LIBRARY)
+torch.library.register_fake("fasthyp::coupling_pass_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "fasthyp::coupling_pass", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+coupling_pass = torch.ops.fasthyp.coupling_pass.default
+"""(x, cond, weights, packed, plan, inverse, keep_every, store, precision) -> out, log_det, saved."""
+coupling_pass_backward = torch.ops.fasthyp.coupling_pass_backward.default
