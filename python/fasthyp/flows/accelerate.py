@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasthyp.flows import nflows, realnvp
 from fasthyp.flows.describe import describe, is_flow
-from fasthyp.flows.executor import check_precision
+from fasthyp.flows.executor import check_checkpoint, check_precision
 from fasthyp.flows.freia_modules import MODULES, NODES
 from fasthyp.flows.fused import FusedFlow
 from fasthyp.flows.program import AffineKind, Opaque, UnsupportedFlow
@@ -20,7 +20,12 @@ from fasthyp.flows.program import AffineKind, Opaque, UnsupportedFlow
 _originals: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
 
-def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highest") -> nn.Module:
+def accelerate(
+    module: nn.Module,
+    inplace: bool = False,
+    precision: str = "highest",
+    checkpoint: str = "reversible",
+) -> nn.Module:
     """Run the flows of a model on fused kernels; parameters, keys and numbers stay the same.
 
     FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and coupling blocks, alone or
@@ -35,14 +40,19 @@ def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highe
         module: any module.
         inplace: change the classes inside ``module`` itself; otherwise return a structural copy
             that shares every parameter and buffer with it.
-        precision: ``"highest"`` (float32), ``"high"`` or ``"medium"``.
+        precision: ``"highest"`` (float32), ``"high"`` or ``"medium"``; gradients are computed in
+            float32 on a CPU whatever it is.
+        checkpoint: what a pass keeps for its gradient. ``"reversible"``: hardly more than its
+            output, from which the backward pass reconstructs what it needs, so memory does not
+            grow with depth. ``"store"``: the hidden layers too, which are then not recomputed.
 
     Raises:
         TypeError: ``module`` is not an ``nn.Module``, or cannot be copied.
-        ValueError: unknown precision.
+        ValueError: unknown precision or checkpoint.
     """
     _check_module(module)
     check_precision(precision)
+    check_checkpoint(checkpoint)
     target = module if inplace else shared_clone(module)
     for part in target.modules():
         fused = _fused_class(part)
@@ -50,6 +60,7 @@ def accelerate(module: nn.Module, inplace: bool = False, precision: str = "highe
             part.__dict__.setdefault("_accelerated_from", type(part))
             part.__dict__.pop("_flow", None)
             part.__dict__["precision"] = precision
+            part.__dict__["checkpoint"] = checkpoint
             part.__class__ = fused
             for node in getattr(part, "node_list", ()):
                 if type(node) in NODES:
@@ -84,7 +95,7 @@ def restore(model: nn.Module) -> nn.Module:
         for item in (part, *getattr(part, "node_list", ())):
             if "_accelerated_from" in item.__dict__:
                 item.__class__ = item.__dict__.pop("_accelerated_from")
-                for key in ("_flow", "precision"):
+                for key in ("_flow", "precision", "checkpoint"):
                     item.__dict__.pop(key, None)
     return model
 

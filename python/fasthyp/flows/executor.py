@@ -4,8 +4,9 @@ where they do not, and :meth:`FlowExecutor.explain` says which and why."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fasthyp import _C
 from fasthyp._environment import backend
 from fasthyp.flows.program import FlowProgram, stamp
 from fasthyp.ops import coupling as ops
+from fasthyp.ops import coupling_training as training
 from fasthyp.ops._coupling_cuda import UnsupportedOnCuda
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import CouplingLayer, Layer, LinearLayer, Net
@@ -28,6 +30,13 @@ def check_precision(precision: str) -> str:
     if precision not in ops.PRECISIONS:
         raise ValueError(f"precision: expected one of {ops.PRECISIONS}, got {precision!r}")
     return precision
+
+
+def check_checkpoint(checkpoint: str) -> str:
+    """``checkpoint`` itself; ValueError where it is none of ``reversible`` and ``store``."""
+    if checkpoint not in training.CHECKPOINTS:
+        raise ValueError(f"checkpoint: expected one of {training.CHECKPOINTS}, got {checkpoint!r}")
+    return checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +68,15 @@ class _Packed:
         return only if isinstance(only, ops.PackedFlow) else None
 
 
+@dataclass(frozen=True, eq=False)
+class _Trainable:
+    """A plan in the pieces that a call with gradients runs, packed for the present weights."""
+
+    plan: Plan
+    stamp: Any
+    segments: tuple[training.TrainableFlow | Layer, ...]
+
+
 class FlowExecutor:
     """A flow that runs, with the packed form of its weights as a cache.
 
@@ -71,23 +89,33 @@ class FlowExecutor:
         source: a program, or a function that makes it (called again when the module it
             describes has changed its structure).
         precision: ``"highest"``, ``"high"`` or ``"medium"``.
+        checkpoint: ``"reversible"`` or ``"store"``, see :func:`fasthyp.accelerate`.
     """
 
     def __init__(
-        self, source: FlowProgram | Callable[[], FlowProgram], precision: str = "highest"
+        self,
+        source: FlowProgram | Callable[[], FlowProgram],
+        precision: str = "highest",
+        checkpoint: str = "reversible",
     ) -> None:
         self.source = source
         self.precision = check_precision(precision)
+        self.checkpoint = check_checkpoint(checkpoint)
         self.clear()
 
     def clear(self) -> None:
         """Forget everything derived from the module."""
         self._plan: Plan | None = None
         self._packed: _Packed | None = None
+        self._trainable: _Trainable | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source, "precision": self.precision}
+        return {
+            "source": self.source,
+            "precision": self.precision,
+            "checkpoint": self.checkpoint,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -182,7 +210,7 @@ class FlowExecutor:
         return packed.whole
 
     def explain(self) -> tuple[bool, str]:
-        """Whether calls without gradients are fused, and a sentence that says why or why not."""
+        """Whether calls are fused, and a sentence that says how or why not."""
         plan = self.current_plan()
         with torch.no_grad():
             packed = self._fused(plan, [plan.like.detach()])
@@ -197,8 +225,16 @@ class FlowExecutor:
         where = "the CPU" if plan.like.device.type == "cpu" else plan.like.device
         return True, (
             f"{count} half-couplings{steps} fused on {where}, precision {self.precision}; "
-            "calls that need gradients run the reference"
+            f"gradients: {self._explain_gradients(plan)}"
         )
+
+    def _explain_gradients(self, plan: Plan) -> str:
+        found = self._trained(plan, [plan.like.detach()])
+        if isinstance(found, str):
+            return f"reference, {found}"
+        if self.checkpoint == "store":
+            return "hidden layers kept"
+        return "reversible, hidden layers recomputed"
 
     # ------------------------------------------------------------------------------------------
 
@@ -206,17 +242,64 @@ class FlowExecutor:
         plan = self.current_plan()
         _check_inputs(plan, state, cond, "z" if inverse else "x")
         inverse = inverse != plan.program.inverted
-        packed = self._fused(plan, [state] if cond is None else [state, cond])
-        if isinstance(packed, str):
+        kind = plan.like.device.type
+        if torch.is_autocast_enabled(kind):
+            # What a flow computes is exp-ed and summed: all of it stays in the parameters' dtype.
+            state = state.to(plan.like.dtype)
+            cond = None if cond is None else cond.to(plan.like.dtype)
+            with torch.autocast(kind, enabled=False):
+                return self._dispatch(plan, state, cond, inverse)
+        return self._dispatch(plan, state, cond, inverse)
+
+    def _dispatch(
+        self, plan: Plan, state: Tensor, cond: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        inputs = [state] if cond is None else [state, cond]
+        find = self._trained if _needs_gradients(plan, inputs) else self._fused
+        found = find(plan, inputs)
+        if isinstance(found, str):
             run = reference.flow_inverse if inverse else reference.flow_forward
             return run(plan.layers, plan.output_index, state, cond)
-        if packed.whole is not None:
-            return (packed.whole.inverse if inverse else packed.whole.forward)(state, cond)
-        return _run_segments(packed, state, cond, inverse)
+        if len(found.segments) == 1:
+            only = found.segments[0]
+            if not isinstance(only, Layer):
+                return (only.inverse if inverse else only.forward)(state, cond)
+        return _run_segments(plan, found.segments, state, cond, inverse)
+
+    def _trained(self, plan: Plan, inputs: list[Tensor]) -> _Trainable | str:
+        """The flow with gradients, or why this call cannot run on the kernels."""
+        why = _why_reference(inputs) or _unfit(plan.weights)
+        if why:
+            return why
+        now = stamp(plan.weights)
+        found = self._trainable
+        if found is None or found.plan is not plan or found.stamp is None or found.stamp != now:
+            try:
+                found = _Trainable(plan, now, _segments(plan, self._trainable_flow))
+            except UnsupportedOnCuda as error:
+                return str(error)
+            self._trainable = found
+        return found
+
+    def _trainable_flow(
+        self, plan: Plan, layers: Sequence[Layer], output_index: Sequence[int]
+    ) -> training.TrainableFlow:
+        return training.TrainableFlow(
+            *(layers, output_index, plan.program.dim, plan.program.cond_dim),
+            *(self.precision, self.checkpoint, plan.like.dtype, plan.like.device),
+        )
+
+    def _packed_flow(
+        self, plan: Plan, layers: Sequence[Layer], output_index: Sequence[int]
+    ) -> ops.PackedFlow:
+        return ops.PackedFlow(
+            *(layers, output_index, plan.program.dim, plan.program.cond_dim),
+            *(self.precision, plan.like.dtype, plan.like.device),
+        )
 
     def _fused(self, plan: Plan, inputs: list[Tensor]) -> _Packed | str:
         """The packed flow, or why this call cannot run on the kernels."""
-        why = _why_reference(plan, inputs)
+        why = _why_reference(inputs)
         if why:
             return why
         now = stamp(plan.weights)
@@ -232,7 +315,7 @@ class FlowExecutor:
             packed = self._packed
             if packed is None or packed.plan is not plan or packed.stamp != now:
                 try:
-                    packed = _Packed(plan, now, _pack(plan, self.precision))
+                    packed = _Packed(plan, now, _segments(plan, self._packed_flow))
                 except UnsupportedOnCuda as error:
                     packed = _Packed(plan, now, (), str(error))
                 self._packed = packed
@@ -264,7 +347,14 @@ def _check_inputs(plan: Plan, state: Tensor, cond: Tensor | None, name: str) -> 
             raise TypeError(f"{what}: expected {like.dtype} as the parameters, got {tensor.dtype}")
 
 
-def _why_reference(plan: Plan, inputs: list[Tensor]) -> str | None:
+def _needs_gradients(plan: Plan, inputs: list[Tensor]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (*inputs, *plan.weights, *plan.program.opaque_tensors())
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+def _why_reference(inputs: list[Tensor]) -> str | None:
     if backend() == "reference":
         return "FASTHYP_BACKEND=reference"
     if torch.compiler.is_compiling():
@@ -273,14 +363,7 @@ def _why_reference(plan: Plan, inputs: list[Tensor]) -> str | None:
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch.is_autocast_enabled(plan.like.device.type):
-        return "autocast is active"
-    why = _unfit(inputs)
-    if why is None and torch.is_grad_enabled():
-        tensors = (*inputs, *plan.weights, *plan.program.opaque_tensors())
-        if any(tensor.requires_grad for tensor in tensors):
-            return "gradients are needed"
-    return why
+    return _unfit(inputs)
 
 
 def _unfit(tensors: list[Tensor]) -> str | None:
@@ -308,42 +391,33 @@ def _fusible(layer: Layer) -> bool:
     return layer.clamp_fn is None and all(isinstance(net, Net) for net in layer.nets)
 
 
-def _pack(plan: Plan, precision: str) -> tuple[ops.PackedFlow | Layer, ...]:
-    """Runs of fusible layers become packed flows; the others stay as they are.
+def _segments(plan: Plan, make: Callable[..., Any]) -> tuple[Any, ...]:
+    """Runs of fusible layers become fused flows; the others stay as they are.
 
-    A single packed flow ends with the output index; several work on the bare state.
+    A single fused flow ends with the output index; several work on the bare state.
     """
-    shape = plan.program.dim, plan.program.cond_dim
-    dtype, device = plan.like.dtype, plan.like.device
     if plan.layers and all(map(_fusible, plan.layers)):
-        return (ops.PackedFlow(plan.layers, plan.output_index, *shape, precision, dtype, device),)
+        return (make(plan, plan.layers, plan.output_index),)
     same_order = tuple(range(plan.program.dim))
-    segments: list[ops.PackedFlow | Layer] = []
-    run: list[Layer] = []
-    for layer in (*plan.layers, None):
-        if layer is not None and _fusible(layer):
-            run.append(layer)
-            continue
-        if run:
-            segments.append(ops.PackedFlow(run, same_order, *shape, precision, dtype, device))
-            run = []
-        if layer is not None:
-            segments.append(layer)
+    segments: list[Any] = []
+    for fusible, layers in groupby(plan.layers, _fusible):
+        run = list(layers)
+        segments += [make(plan, run, same_order)] if fusible else run
     return tuple(segments)
 
 
 def _run_segments(
-    packed: _Packed, state: Tensor, cond: Tensor | None, inverse: bool
+    plan: Plan, segments: Sequence[Any], state: Tensor, cond: Tensor | None, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    order = torch.tensor(packed.plan.output_index, device=state.device)
+    order = torch.tensor(plan.output_index, device=state.device)
     if inverse:
         state = state.index_select(-1, order.argsort())
     log_jac = state.new_zeros(state.shape[:-1])
-    for segment in packed.segments[::-1] if inverse else packed.segments:
-        if isinstance(segment, ops.PackedFlow):
-            state, change = (segment.inverse if inverse else segment.forward)(state, cond)
-        else:
+    for segment in segments[::-1] if inverse else segments:
+        if isinstance(segment, Layer):
             state, change = _run_layer(segment, state, cond, inverse)
+        else:
+            state, change = (segment.inverse if inverse else segment.forward)(state, cond)
         log_jac = log_jac + change
     return (state if inverse else state.index_select(-1, order)), log_jac
 
@@ -357,6 +431,7 @@ def _run_layer(
         or layer.clamp_fn is not None
         or layer.kind != "affine"
         or state.device.type != "cpu"
+        or torch.is_grad_enabled()
     ):
         return reference.apply_layer(layer, state, cond, inverse)
     raw = layer.raw_scale * reference.subnet(layer, state, cond).to(state.dtype)

@@ -18,6 +18,7 @@ class FusedFlow(nn.Module):
     use, never saved or copied."""
 
     precision = "highest"
+    checkpoint = "reversible"
 
     def _describe(self) -> FlowProgram:
         raise NotImplementedError
@@ -30,7 +31,7 @@ class FusedFlow(nn.Module):
         """
         state = self.__dict__.get("_flow")
         if state is None:
-            state = FlowExecutor(self._describe, self.precision)
+            state = FlowExecutor(self._describe, self.precision, self.checkpoint)
             try:
                 _ = state.program
             except UninitializedFlow:

@@ -33,25 +33,39 @@ def describe(
     lanes: int,
     log_det: bool = True,
 ) -> tuple[list[int], list[Tensor]]:
-    """The plan and, in its order, the tensors.
+    """The plan, and the tensors in its order.
 
     Without ``log_det`` the plan says 0 for log|det W| of the linear steps, whose values then are
     not read.
     """
     numbers = [dim, cond_dim, element, lanes, len(steps), *output_index]
-    tensors: list[Tensor] = []
     for step in steps:
         if isinstance(step, FoldedCoupling):
-            _describe_coupling(step, numbers, tensors)
+            numbers += _describe_coupling(step)
         else:
             value = float(step.log_det) if log_det else 0.0
             numbers += [1, int(step.diagonal), double_bits(value)]
+    return numbers, step_tensors(steps)
+
+
+def step_tensors(steps: Sequence[FoldedStep]) -> list[Tensor]:
+    """The tensors of the steps, in the order of the plan."""
+    tensors: list[Tensor] = []
+    for step in steps:
+        if isinstance(step, FoldedLinear):
             tensors += [step.weight, step.shift, step.inverse_weight, step.inverse_shift]
-    return numbers, tensors
+            continue
+        for net in step.nets:
+            for layer in net.layers:
+                tensors.append(layer.weight)
+                if layer.cond_weight is not None:
+                    tensors.append(layer.cond_weight)
+                tensors += [layer.bias, *(layer.gate or ()), *(layer.norm or ())]
+    return tensors
 
 
-def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[Tensor]) -> None:
-    numbers += [
+def _describe_coupling(step: FoldedCoupling) -> list[int]:
+    numbers = [
         *(0, len(step.active), len(step.passive), KINDS[step.kind]),
         *(CLAMPS[step.clamp_activation], double_bits(step.clamp), len(step.nets)),
         *(*step.active, *step.passive),
@@ -63,10 +77,7 @@ def _describe_coupling(step: FoldedCoupling, numbers: list[int], tensors: list[T
             numbers.append(len(layer.bias))
             numbers += [int(part is not None and part is not False) for part in parts]
             numbers.append(int(layer.activate))
-            tensors.append(layer.weight)
-            if layer.cond_weight is not None:
-                tensors.append(layer.cond_weight)
-            tensors += [layer.bias, *(layer.gate or ()), *(layer.norm or ())]
+    return numbers
 
 
 def parse(
@@ -81,8 +92,9 @@ def parse(
         if next(numbers_left):
             next(numbers_left)  # whether it is diagonal: the weight says so too
             log_det = bits_double(next(numbers_left))
-            parts = [next(tensors_left) for _ in range(4)]
-            steps.append(FoldedLinear(*parts, log_det=parts[0].new_full((), log_det)))
+            weight, shift, inverse, inverse_shift = (next(tensors_left) for _ in range(4))
+            constant = weight.new_full((), log_det)
+            steps.append(FoldedLinear(weight, shift, inverse, inverse_shift, constant))
         else:
             steps.append(_parse_coupling(numbers_left, tensors_left))
     return steps, output_index
@@ -92,11 +104,14 @@ def _parse_coupling(numbers: Iterator[int], tensors: Iterator[Tensor]) -> Folded
     active, passive = next(numbers), next(numbers)
     kind, clamp_activation = _name(KINDS, next(numbers)), _name(CLAMPS, next(numbers))
     clamp, nets = bits_double(next(numbers)), next(numbers)
-    slots = [tuple(next(numbers) for _ in range(count)) for count in (active, passive)]
+    active_slots = tuple(next(numbers) for _ in range(active))
+    passive_slots = tuple(next(numbers) for _ in range(passive))
     return FoldedCoupling(
-        *slots,
+        *(active_slots, passive_slots),
         tuple(_parse_net(numbers, tensors) for _ in range(nets)),
-        *(kind, clamp, clamp_activation),
+        kind,
+        clamp,
+        clamp_activation,
     )
 
 

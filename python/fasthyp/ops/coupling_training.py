@@ -24,11 +24,87 @@ from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_training_cuda as cuda
 from fasthyp.ops._coupling_checks import check_cond
-from fasthyp.ops._coupling_plan import parse
-from fasthyp.ops._coupling_steps import run_folded
+from fasthyp.ops._coupling_plan import describe, parse, step_tensors
+from fasthyp.ops._coupling_steps import FoldedLinear, fold, run_folded
 from fasthyp.ops._library import LIBRARY, address, contiguous
+from fasthyp.reference.coupling import Layer
+
+CHECKPOINTS = ("reversible", "store")
+KEEP_EVERY = 16
+"""Steps between kept states, unless hidden layers are kept."""
 
 Outputs = tuple[Tensor, Tensor, Tensor]
+
+
+class TrainableFlow:
+    """A flow whose passes have gradients by inputs, condition and the tensors of its layers.
+
+    A call folds the layers anew, as part of the autograd graph; what does not need gradients, the
+    plan and the packed weights, is made once: an object serves until a weight changes.
+
+    Args:
+        layers, output_index, dim, cond_dim, dtype, device: as of
+            :class:`~fasthyp.ops.coupling.PackedFlow`.
+        precision: ``"highest"``; on CUDA also ``"high"``, which ``"medium"`` stands for too.
+        checkpoint: ``"reversible"`` keeps a state every ``KEEP_EVERY`` steps, ``"store"`` keeps
+            the hidden layers.
+
+    Raises:
+        UnsupportedOnCuda: the CUDA kernels do not run such a flow.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        output_index: Sequence[int],
+        dim: int,
+        cond_dim: int,
+        precision: str = "highest",
+        checkpoint: str = "reversible",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers, self.dtype = layers, dtype
+        self.shape = dim, cond_dim
+        self.precision = "highest" if precision == "highest" else "high"
+        self.store = checkpoint == "store"
+        on_cpu = torch.device(device).type == "cpu"
+        element = int(dtype == torch.float64)
+        with torch.no_grad():
+            steps = fold(layers, dim, cond_dim, dtype)
+            lanes = _C.coupling_lanes(element) if on_cpu else 1
+            self.plan, weights = describe(
+                *(steps, output_index, dim, cond_dim, element, lanes), log_det=False
+            )
+            self.packed = pack(_as(weights, dtype), self.plan) if on_cpu else None
+        self.keep_every = KEEP_EVERY if len(steps) > KEEP_EVERY and not self.store else 0
+        if not on_cpu:
+            cuda.coupling_saved_width(self.plan, self.keep_every, self.store)
+
+    def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
+        return self._run(x, cond, inverse=False)
+
+    def inverse(self, z: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """z (B, M, D), cond (B, C) -> x (B, M, D), log|det dx/dz| (B, M)."""
+        return self._run(z, cond, inverse=True)
+
+    def _run(self, x: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        steps = fold(self.layers, *self.shape, self.dtype)
+        weights = _as(step_tensors(steps), self.dtype)
+        out, log_det, _ = coupling_pass(
+            *(x, cond, weights, self.packed, self.plan, inverse),
+            *(self.keep_every, self.store, self.precision),
+        )
+        for step in steps:
+            if isinstance(step, FoldedLinear):
+                constant = step.log_det.to(self.dtype)
+                log_det = log_det - constant if inverse else log_det + constant
+        return out, log_det
+
+
+def _as(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [weight.to(dtype) for weight in weights]
 
 
 def _run_cpu(
@@ -253,8 +329,11 @@ def _second_order(
         for result, grad in zip(results, (grad_out, grad_log_det), strict=True)
         if grad is not None and result.requires_grad
     ]
-    inputs = [x, cond, *weights]
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    wanted = [
+        tensor
+        for tensor, need in zip((x, cond, *weights), needs, strict=True)
+        if need and tensor is not None
+    ]
     found = iter(
         torch.autograd.grad(
             [result for result, _ in pairs],
@@ -287,5 +366,4 @@ torch.library.register_autograd(
     "fasthyp::coupling_pass", _backward, setup_context=_setup_context, lib=LIBRARY
 )
 coupling_pass = torch.ops.fasthyp.coupling_pass.default
-"""(x, cond, weights, packed, plan, inverse, keep_every, store, precision) -> out, log_det, saved."""
 coupling_pass_backward = torch.ops.fasthyp.coupling_pass_backward.default
