@@ -109,12 +109,17 @@ def report(name: str, rows: list[dict[str, Any]], json_path: str | None, **facts
         table.add_row(*(_text(row.get(column)) for column in columns))
     Console(width=max(100, 14 * len(columns))).print(table)
     if json_path:
-        path = Path(json_path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({"machine": {**machine(), **facts}, "rows": rows}, indent=2) + "\n"
-        )
-        temporary.replace(path)
+        save(rows, json_path, **facts)
+
+
+def save(rows: list[dict[str, Any]], json_path: str, **facts: Any) -> None:
+    """Writes the rows, with the machine and other facts."""
+    path = Path(json_path)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(
+        json.dumps({"machine": {**machine(), **facts}, "rows": rows}, indent=2) + "\n"
+    )
+    temporary.replace(path)
 
 
 def _text(value: Any) -> str:

@@ -40,7 +40,9 @@ WORKLOADS = (
 BLOCKS = 8
 
 
-def build(dim: int, cond: int, hidden: tuple[int, ...]) -> Ff.GraphINN:
+def build(
+    dim: int, cond: int, hidden: tuple[int, ...], blocks: int = BLOCKS, clamp: float = 2.0
+) -> Ff.GraphINN:
     """The chain that the published models use: 8 x (GLOW coupling, permutation), clamp 2."""
 
     def subnet(inputs: int, outputs: int) -> nn.Module:
@@ -53,8 +55,8 @@ def build(dim: int, cond: int, hidden: tuple[int, ...]) -> Ff.GraphINN:
     torch.manual_seed(0)
     nodes: list[Any] = [Ff.InputNode(dim)]
     condition = Ff.ConditionNode(cond)
-    for k in range(BLOCKS):
-        arguments = {"subnet_constructor": subnet, "clamp": 2.0}
+    for k in range(blocks):
+        arguments = {"subnet_constructor": subnet, "clamp": clamp}
         nodes.append(Ff.Node(nodes[-1], Fm.GLOWCouplingBlock, arguments, conditions=condition))
         nodes.append(Ff.Node(nodes[-1], Fm.PermuteRandom, {"seed": k}))
     return Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1]), condition]).eval()
