@@ -18,6 +18,7 @@
 #include "common/thread_pool.h"
 #include "coupling/coupling.h"
 #include "coupling/cuda.h"
+#include "coupling/training.h"
 #include "gaussian_fit/gaussian_fit.h"
 #include "heatmaps/heatmaps.h"
 #include "mmd/mmd.h"
@@ -97,6 +98,57 @@ void coupling_affine(Address state, std::int64_t rows, int dim, Address raw, boo
   else
     coupling::affine(pointer<float>(state), rows, dim, pointer<const float>(raw), active, clamp,
                      kind, inverse, pointer<float>(log_det), threads);
+}
+
+coupling::Keep keep_of(int keep_every, bool store) {
+  if (keep_every < 0)
+    throw std::invalid_argument("keep_every: expected >= 0, got " + std::to_string(keep_every));
+  return {keep_every, store};
+}
+
+std::int64_t coupling_saved_width(const std::vector<std::int64_t>& plan, int keep_every,
+                                  bool store) {
+  return coupling::saved_width(parsed(plan), keep_of(keep_every, store));
+}
+
+void coupling_pass(const std::vector<std::int64_t>& plan, Address packed, std::int64_t packed_bytes,
+                   bool inverse, std::int64_t images, std::int64_t per_image, Address x,
+                   Address cond, Address out, Address log_det, Address saved, int keep_every,
+                   bool store, int threads) {
+  py::gil_scoped_release release;
+  const coupling::Flow& flow = parsed(plan);
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("flow: packed weights too short");
+  coupling::Call call{&flow,
+                      pointer<const std::byte>(packed),
+                      inverse,
+                      images,
+                      per_image,
+                      pointer<const void>(x),
+                      pointer<const void>(cond),
+                      pointer<void>(out),
+                      pointer<void>(log_det),
+                      threads};
+  coupling::run(call, keep_of(keep_every, store), pointer<void>(saved));
+}
+
+// wanted: for each tensor of the plan, whether grad_weights has its gradient.
+void coupling_backward(const std::vector<std::int64_t>& plan, Address packed,
+                       std::int64_t packed_bytes, bool inverse, std::int64_t images,
+                       std::int64_t per_image, Address out, Address saved, int keep_every,
+                       bool store, Address cond, Address grad_out, Address grad_log_det,
+                       Address grad_x, Address grad_cond, Address grad_weights,
+                       const std::vector<bool>& wanted, int threads) {
+  py::gil_scoped_release release;
+  const coupling::Flow& flow = parsed(plan);
+  if (packed_bytes < flow.packed_bytes)
+    throw std::invalid_argument("flow: packed weights too short");
+  coupling::backward({&flow, pointer<const std::byte>(packed), inverse, images, per_image,
+                      pointer<const void>(out), pointer<const void>(saved),
+                      keep_of(keep_every, store), pointer<const void>(cond),
+                      pointer<const void>(grad_out), pointer<const void>(grad_log_det),
+                      pointer<void>(grad_x), pointer<void>(grad_cond), pointer<void>(grad_weights),
+                      wanted, threads});
 }
 
 // --- coupling on CUDA ---
@@ -308,6 +360,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("coupling_pack", &coupling_pack);
   m.def("coupling_run", &coupling_run);
   m.def("coupling_affine", &coupling_affine);
+  m.def("coupling_saved_width", &coupling_saved_width);
+  m.def("coupling_pass", &coupling_pass);
+  m.def("coupling_backward", &coupling_backward);
 #if defined(FASTHYP_WITH_CUDA)
   m.def("coupling_cuda_fits", &coupling_cuda_fits);
   m.def("coupling_cuda_workspace", &coupling_cuda_workspace);

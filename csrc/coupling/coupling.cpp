@@ -25,15 +25,6 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 std::size_t element_size(Element e) { return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2; }
 std::size_t state_size(Element e) { return e == Element::f64 ? 8 : 4; }
 
-// Vectors per block: the fewest padded vectors win; one vector alone leaves the FMA units waiting
-// for broadcasts, so it must be clearly better.
-int choose_vectors(int vectors) {
-  if (vectors == 1) return 1;
-  const int two = static_cast<int>(round_up(vectors, 2)),
-            three = static_cast<int>(round_up(vectors, 3));
-  return three < two ? 3 : 2;
-}
-
 class Reader {
  public:
   explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
@@ -106,42 +97,6 @@ std::uint16_t to_bf16(float v) {
   const auto bits = std::bit_cast<std::uint32_t>(v);
   if (v != v) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Which earlier row of cond each row repeats (itself if none): index of the distinct row, and the
-// rows that are distinct, in order of first appearance.
-struct Distinct {
-  std::vector<std::int64_t> index, first;
-};
-Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row_bytes) {
-  Distinct d;
-  d.index.resize(rows);
-  std::unordered_multimap<std::uint64_t, std::int64_t> seen;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::byte* row = cond + r * row_bytes;
-    // Mostly the row before is the same one.
-    if (r > 0 && std::memcmp(row, row - row_bytes, row_bytes) == 0) {
-      d.index[r] = d.index[r - 1];
-      continue;
-    }
-    std::uint64_t hash = 1469598103934665603u;
-    for (std::size_t i = 0; i + 4 <= row_bytes; i += 4) {
-      std::uint32_t word;
-      std::memcpy(&word, row + i, 4);
-      hash = (hash ^ word) * 1099511628211u;
-    }
-    std::int64_t found = -1;
-    for (auto [it, end] = seen.equal_range(hash); it != end; ++it)
-      if (std::memcmp(row, cond + d.first[it->second] * row_bytes, row_bytes) == 0)
-        found = it->second;
-    if (found < 0) {
-      found = static_cast<std::int64_t>(d.first.size());
-      d.first.push_back(r);
-      seen.emplace(hash, found);
-    }
-    d.index[r] = found;
-  }
-  return d;
 }
 
 // Reads a plan, and gives every matrix its place in the packed buffer.
@@ -490,6 +445,44 @@ void hoist(const Call& call, const void* cond, std::int64_t images, void* hoiste
 }
 
 }  // namespace
+
+int choose_vectors(int vectors) {
+  if (vectors == 1) return 1;
+  const int two = static_cast<int>(round_up(vectors, 2)),
+            three = static_cast<int>(round_up(vectors, 3));
+  return three < two ? 3 : 2;
+}
+
+Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row_bytes) {
+  Distinct d;
+  d.index.resize(rows);
+  std::unordered_multimap<std::uint64_t, std::int64_t> seen;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::byte* row = cond + r * row_bytes;
+    // Mostly the row before is the same one.
+    if (r > 0 && std::memcmp(row, row - row_bytes, row_bytes) == 0) {
+      d.index[r] = d.index[r - 1];
+      continue;
+    }
+    std::uint64_t hash = 1469598103934665603u;
+    for (std::size_t i = 0; i + 4 <= row_bytes; i += 4) {
+      std::uint32_t word;
+      std::memcpy(&word, row + i, 4);
+      hash = (hash ^ word) * 1099511628211u;
+    }
+    std::int64_t found = -1;
+    for (auto [it, end] = seen.equal_range(hash); it != end; ++it)
+      if (std::memcmp(row, cond + d.first[it->second] * row_bytes, row_bytes) == 0)
+        found = it->second;
+    if (found < 0) {
+      found = static_cast<std::int64_t>(d.first.size());
+      d.first.push_back(r);
+      seen.emplace(hash, found);
+    }
+    d.index[r] = found;
+  }
+  return d;
+}
 
 int lanes(Element element) { return coupling_kernels().lanes[static_cast<int>(element)]; }
 bool supports(Element element) { return lanes(element) > 0; }

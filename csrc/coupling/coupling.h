@@ -169,6 +169,11 @@ struct Call {
   const void* fixed = nullptr;  // (B, F): the last F latent dims of every row of an image
   int fixed_dims = 0;
   bool include_mode = false;  // hypothesis 0 has zero noise
+  // Keeping states: of each row before steps keep_every, 2 keep_every, ... of the pass, one after
+  // the other at states + row * states_ld.
+  int keep_every = 0;
+  void* states = nullptr;
+  std::int64_t states_ld = 0;
 };
 void run(const Call& call);
 
@@ -178,6 +183,17 @@ template <class T>
 void affine(T* state, std::int64_t rows, int dim, const T* raw,
             std::span<const std::int64_t> active, double clamp, Clamp clamp_activation,
             bool inverse, T* log_det, int threads);
+
+// Vectors per block of a matrix: the fewest padded vectors win; one vector alone leaves the FMA
+// units waiting for broadcasts, so it must be clearly better.
+int choose_vectors(int vectors);
+
+// Which earlier row of cond each row repeats (itself if none): index of the distinct row, and the
+// rows that are distinct, in order of first appearance.
+struct Distinct {
+  std::vector<std::int64_t> index, first;
+};
+Distinct find_distinct(const std::byte* cond, std::int64_t rows, std::size_t row_bytes);
 
 // --- what a SIMD level provides (cpu_kernels.cpp) ---
 

@@ -119,10 +119,6 @@ def _run_cpu(
     precision: str,
 ) -> Outputs:
     _check(x, cond, weights, plan)
-    if not hasattr(_C, "coupling_backward"):  # TEMPORARY: until the kernels are there
-        steps, index = parse(plan, weights)
-        out, log_det = run_folded(steps, index, x, cond, inverse)
-        return out, log_det, x.clone()
     out, log_det, saved = _allocate(x, plan, keep_every, store)
     packed = _packed(packed, weights, plan)
     x, cond = x.contiguous(), contiguous(cond)
@@ -149,27 +145,6 @@ def _backward_cpu(
     precision: str,
     wanted: list[bool],
 ) -> Outputs:
-    if not hasattr(_C, "coupling_backward"):  # TEMPORARY: until the kernels are there
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (saved, *weights)]
-            c = None if cond is None else cond.detach().requires_grad_()
-            steps, index = parse(plan, leaves[1:])
-            results = run_folded(steps, index, leaves[0], c, inverse)
-            pairs = [(r, g) for r, g in zip(results, (grad_out, grad_log_det)) if g is not None]
-            pairs = [(r, g) for r, g in pairs if r.requires_grad]
-            inputs = leaves if c is None else [*leaves, c]
-            found = list(
-                torch.autograd.grad(
-                    [r for r, _ in pairs],
-                    inputs,
-                    [g for _, g in pairs],
-                    allow_unused=True,
-                    materialize_grads=True,
-                )
-            )
-        kept = [g.reshape(-1) for g, want in zip(found[1:], wanted[1:]) if want]
-        flat = torch.cat(kept) if kept else out.new_empty(0)
-        return found[0], found[-1] if wanted[0] else out.new_empty(0), flat
     grads = grad_x, grad_cond, grad_weights = _allocate_grads(out, cond, weights, wanted)
     packed = _packed(packed, weights, plan)
     out, saved, grad_out = out.contiguous(), saved.contiguous(), grad_out.contiguous()
@@ -217,8 +192,6 @@ def _check(x: Tensor, cond: Tensor | None, weights: list[Tensor], plan: list[int
 
 
 def _allocate(x: Tensor, plan: list[int], keep_every: int, store: bool) -> Outputs:
-    if not hasattr(_C, "coupling_backward"):  # TEMPORARY
-        return x.new_empty(x.shape), x.new_empty(x.shape[:2]), x.new_empty(x.shape)
     size = cuda if x.device.type == "cuda" else _C
     width = size.coupling_saved_width(plan, keep_every, store)
     return (

@@ -1,0 +1,94 @@
+// Sums of outer products over rows, which weight gradients are. For cpu_training.cpp alone, which
+// is compiled once per SIMD level.
+#pragma once
+
+#include <algorithm>
+
+#include "common/simd.h"
+
+namespace fasthyp::FASTHYP_SIMD {
+namespace {
+
+// c[i][j] = (add ? c[i][j] : 0) + sum over rows of a[row][i] b[row][j]; R x NV vectors of it.
+template <class T, int R, int NV>
+FASTHYP_INLINE void outer_tile(const T* a, std::ptrdiff_t lda, const T* b, std::ptrdiff_t ldb,
+                               int rows, T* c, std::ptrdiff_t ldc, bool add) {
+  constexpr int W = kLanes<T>;
+  Vec<T> acc[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) acc[i][n] = splat<T>(0);
+  for (int r = 0; r < rows; ++r) {
+    Vec<T> bv[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) bv[n] = load<T>(b + n * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const Vec<T> av = splat<T>(a[i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) acc[i][n] = fma(av, bv[n], acc[i][n]);
+    }
+    a += lda;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) {
+      T* to = c + i * ldc + n * W;
+      store<T>(to, add ? load<T>(to) + acc[i][n] : acc[i][n]);
+    }
+}
+
+// Rows of c that one register tile holds, by its vectors.
+template <int NV>
+constexpr int kOuterRows = FASTHYP_SIMD_BYTES == 64 ? (NV == 3 ? 8 : 12)
+                                                    : (NV == 3   ? 4
+                                                       : NV == 2 ? 6
+                                                                 : 12);
+
+template <class T, int NV, int R>
+int outer_groups(const T* a, std::ptrdiff_t lda, int i, int m, const T* b, std::ptrdiff_t ldb,
+                 int rows, T* c, std::ptrdiff_t ldc, bool add) {
+  if constexpr (R <= kOuterRows<NV>)
+    for (; i + R <= m; i += R)
+      outer_tile<T, R, NV>(a + i, lda, b, ldb, rows, c + i * ldc, ldc, add);
+  return i;
+}
+
+template <class T, int NV>
+void outer_columns(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb, int rows,
+                   T* c, std::ptrdiff_t ldc, bool add) {
+  int i = 0;
+  i = outer_groups<T, NV, 12>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+  i = outer_groups<T, NV, 8>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+  i = outer_groups<T, NV, 6>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+  i = outer_groups<T, NV, 4>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+  i = outer_groups<T, NV, 2>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+  outer_groups<T, NV, 1>(a, lda, i, m, b, ldb, rows, c, ldc, add);
+}
+
+// a (rows, m), b (rows, n) -> c (m, n); b is read, and c written, up to whole vectors.
+template <class T>
+void outer(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb, int n, int rows,
+           T* c, std::ptrdiff_t ldc, bool add) {
+  constexpr int W = kLanes<T>;
+  int left = (n + W - 1) / W;
+  while (left > 0) {
+    // Pairs and threes fill the registers; one vector alone only if there is just one.
+    const int take = left == 1 || left == 2 ? left : (left == 4 || left % 3 == 2) ? 2 : 3;
+    if (take == 1)
+      outer_columns<T, 1>(a, lda, m, b, ldb, rows, c, ldc, add);
+    else if (take == 2)
+      outer_columns<T, 2>(a, lda, m, b, ldb, rows, c, ldc, add);
+    else
+      outer_columns<T, 3>(a, lda, m, b, ldb, rows, c, ldc, add);
+    left -= take;
+    b += take * W;
+    c += take * W;
+  }
+}
+
+}  // namespace
+}  // namespace fasthyp::FASTHYP_SIMD
