@@ -7,6 +7,7 @@ when it is made. Where the code of a paper differs from the paper, the paper is 
 
 from fasthyp.losses.best_of_m import (
     BestOfMLoss,
+    StreamedBestOfMLoss,
     best_hypotheses,
     best_of_m_loss,
     best_of_m_loss_streamed,
@@ -20,6 +21,9 @@ from fasthyp.losses.covariance import (
 )
 from fasthyp.losses.critic import (
     POSE_INN_BONES,
+    CriticLoss,
+    GeneratorLoss,
+    GradientPenalty,
     KCSLayer,
     PoseCritic,
     critic_loss,
@@ -27,6 +31,7 @@ from fasthyp.losses.critic import (
     gradient_penalty,
 )
 from fasthyp.losses.fitting import (
+    GemanMcClure,
     KeypointFittingLoss,
     MultiviewConsistencyLoss,
     flow_prior,
@@ -37,6 +42,7 @@ from fasthyp.losses.fitting import (
 from fasthyp.losses.keypoints import (
     PROHMR_PELVIS,
     SPIN_HIPS,
+    CameraScaleLoss,
     KeypointLoss,
     ParameterLoss,
     camera_scale_loss,
@@ -65,10 +71,19 @@ from fasthyp.losses.presets import (
     PROPOSE_WEIGHTS,
     weighted_sum,
 )
-from fasthyp.losses.prior import PosePriorDiscriminator, discriminator_loss, prior_loss
+from fasthyp.losses.prior import (
+    DiscriminatorLoss,
+    PosePriorDiscriminator,
+    PriorLoss,
+    discriminator_loss,
+    prior_loss,
+)
 from fasthyp.losses.propose import (
     BidirectionalLoss,
     EnergyDiscriminatorLoss,
+    EnergyGeneratorLoss,
+    ModeToModeLoss,
+    PullingAwayTerm,
     bidirectional_loss,
     energy_discriminator_loss,
     energy_generator_loss,
@@ -82,6 +97,8 @@ from fasthyp.losses.reconstruction import (
     pose_l1_loss,
 )
 from fasthyp.losses.residual import (
+    FlowResidualNLL,
+    ImageKeypointLoss,
     PoseResidualLoss,
     ResidualLogLikelihoodLoss,
     ResidualNLL,
@@ -108,9 +125,18 @@ __all__ = [
     "SPIN_HIPS",
     "BestOfMLoss",
     "BidirectionalLoss",
+    "CameraScaleLoss",
+    "CriticLoss",
+    "DiscriminatorLoss",
     "EnergyDiscriminatorLoss",
+    "EnergyGeneratorLoss",
+    "FlowResidualNLL",
+    "GemanMcClure",
+    "GeneratorLoss",
+    "GradientPenalty",
     "HeatmapCovarianceLoss",
     "HeatmapMMDLoss",
+    "ImageKeypointLoss",
     "JointDistanceLoss",
     "JointValidity",
     "KCSLayer",
@@ -118,6 +144,7 @@ __all__ = [
     "KeypointLoss",
     "LatentMMDLoss",
     "MaskLoss",
+    "ModeToModeLoss",
     "MultiviewConsistencyLoss",
     "NegativeLogLikelihood",
     "OrthonormalityLoss",
@@ -126,8 +153,11 @@ __all__ = [
     "PoseL1Loss",
     "PosePriorDiscriminator",
     "PoseResidualLoss",
+    "PriorLoss",
+    "PullingAwayTerm",
     "ResidualLogLikelihoodLoss",
     "ResidualNLL",
+    "StreamedBestOfMLoss",
     "best_hypotheses",
     "best_of_m_loss",
     "best_of_m_loss_streamed",

@@ -46,7 +46,7 @@ class Shapes:
             first, device = self._device
             raise ValueError(f"{name}: expected device {device} as {first}, got {tensor.device}")
         wanted = pattern.split()
-        free = wanted[0] == "..."
+        free = wanted[:1] == ["..."]
         wanted = wanted[1:] if free else wanted
         got = tuple(tensor.shape)
         fits = len(got) >= len(wanted) if free else len(got) == len(wanted)
@@ -81,16 +81,13 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_number(
-    name: str, value: float, low: float = float("-inf"), above: float = float("-inf")
-) -> None:
-    """A finite number of at least ``low`` and more than ``above``."""
+def check_number(name: str, value: float, low: float = 0.0, above: bool = False) -> None:
+    """A finite number of at least ``low``, or above it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not low <= value < float("inf") or not value > above:
-        bound = f"above {above:g}" if above >= low else f"of at least {low:g}"
-        bound = bound if max(low, above) > float("-inf") else ""
-        raise ValueError(f"{name}: expected a finite number {bound}".rstrip() + f", got {value}")
+    if not low <= value < math.inf or (above and value == low):
+        bound = "above" if above else "of at least"
+        raise ValueError(f"{name}: expected a finite number {bound} {low:g}, got {value}")
 
 
 def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:

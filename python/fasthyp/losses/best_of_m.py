@@ -138,6 +138,10 @@ class BestOfMLoss(LossModule, function=best_of_m_loss):
     """Module of :func:`best_of_m_loss`."""
 
 
+class StreamedBestOfMLoss(LossModule, function=best_of_m_loss_streamed):
+    """Module of :func:`best_of_m_loss_streamed`."""
+
+
 def _loss(
     best: Tensor, target: Tensor, norm: str, root: Sequence[int] | None, official: bool
 ) -> Tensor:

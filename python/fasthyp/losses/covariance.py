@@ -72,8 +72,8 @@ def heatmap_covariance_loss(
     shapes("covariance", covariance, "B J 2 2")
     if shapes["M"] < 2:
         raise ValueError(f"positions: expected at least 2 hypotheses, got {tuple(positions.shape)}")
-    check_number("metres_per_pixel", metres_per_pixel, above=0)
-    check_number("threshold", threshold, low=0)
+    check_number("metres_per_pixel", metres_per_pixel, above=True)
+    check_number("threshold", threshold)
     if official:
         covariance, metres_per_pixel = covariance * 20**2, metres_per_pixel / 2
     spread = positions - positions.mean(1, keepdim=True)

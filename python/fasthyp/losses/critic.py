@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
-from fasthyp.losses._base import Shapes, check_number, mean
+from fasthyp.losses._base import LossModule, Shapes, check_number, mean
 
 POSE_INN_BONES = (
     *((0, 1), (1, 2), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9), (7, 10), (10, 11), (11, 12)),
@@ -155,7 +155,7 @@ def gradient_penalty(
         raise ValueError(
             f"fake: expected shape {tuple(real.shape)} as real, (B, ...), got {tuple(fake.shape)}"
         )
-    check_number("weight", weight, low=0)
+    check_number("weight", weight)
     if alpha is None:
         alpha = torch.rand(len(real), generator=generator, device=real.device, dtype=real.dtype)
     shapes("alpha", alpha, "...")
@@ -166,3 +166,15 @@ def gradient_penalty(
         points = (alpha * real + (1 - alpha) * fake).detach().requires_grad_()
         (slope,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
     return weight * mean((slope.flatten(1).norm(dim=1) - 1) ** 2)
+
+
+class CriticLoss(LossModule, function=critic_loss):
+    """Module of :func:`critic_loss`."""
+
+
+class GeneratorLoss(LossModule, function=generator_loss):
+    """Module of :func:`generator_loss`."""
+
+
+class GradientPenalty(LossModule, function=gradient_penalty):
+    """Module of :func:`gradient_penalty`."""

@@ -9,7 +9,7 @@ from fasthyp.geometry import perspective_projection
 from fasthyp.losses._base import LossModule, Shapes, check_number
 
 
-def geman_mcclure(residual: Tensor, sigma: float = 100.0) -> Tensor:
+def geman_mcclure(residual: Tensor, *, sigma: float = 100.0) -> Tensor:
     """The robust error ``sigma^2 r^2 / (sigma^2 + r^2)`` of Geman and McClure, 1987, elementwise.
 
     SMPLify's and ProHMR's; nears sigma^2 for large residuals.
@@ -22,7 +22,7 @@ def geman_mcclure(residual: Tensor, sigma: float = 100.0) -> Tensor:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     Shapes()("residual", residual, "...")
-    check_number("sigma", sigma, above=0)
+    check_number("sigma", sigma, above=True)
     # as the square of a ratio, so that a large residual does not overflow
     ratio = residual / sigma
     return (sigma * ratio / torch.hypot(torch.ones_like(ratio), ratio)) ** 2
@@ -90,12 +90,12 @@ def keypoint_fitting_loss(
     ):
         shapes(name, value, pattern)
     shapes("confidence", confidence, "B N", mask=True)
-    check_number("pose_weight", pose_weight, low=0)
-    check_number("shape_weight", shape_weight, low=0)
+    check_number("pose_weight", pose_weight)
+    check_number("shape_weight", shape_weight)
     projected = perspective_projection(joints, translation, focal_length, camera_center)
     scale = 1000 / image_size.amax(-1)[:, None, None]
     weight = (scale * confidence.to(joints.dtype)[..., None]) ** 2
-    error = (weight * geman_mcclure(projected - keypoints, sigma)).sum()
+    error = (weight * geman_mcclure(projected - keypoints, sigma=sigma)).sum()
     return error + pose_weight**2 * flow_prior(z).sum() + shape_weight**2 * (betas * betas).sum()
 
 
@@ -122,13 +122,17 @@ def multiview_consistency_loss(
     shapes = Shapes()
     shapes("body_pose", body_pose, "V J 3 3")
     shapes("z", z, "V D")
-    check_number("consistency_weight", consistency_weight, low=0)
-    check_number("prior_weight", prior_weight, low=0)
+    check_number("consistency_weight", consistency_weight)
+    check_number("prior_weight", prior_weight)
     if shapes["V"] == 0:
         return flow_prior(z).sum()
     spread = body_pose - body_pose.mean(0, keepdim=True)
     consistency = consistency_weight**2 * (spread * spread).sum()
     return consistency + prior_weight**2 * flow_prior(z).sum()
+
+
+class GemanMcClure(LossModule, function=geman_mcclure):
+    """Module of :func:`geman_mcclure`."""
 
 
 class KeypointFittingLoss(LossModule, function=keypoint_fitting_loss):

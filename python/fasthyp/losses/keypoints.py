@@ -154,6 +154,10 @@ class ParameterLoss(LossModule, function=parameter_loss):
     """Module of :func:`parameter_loss`."""
 
 
+class CameraScaleLoss(LossModule, function=camera_scale_loss):
+    """Module of :func:`camera_scale_loss`."""
+
+
 def _each(shapes: Shapes, name: str, tensor: Tensor, end: str, mask: bool = False) -> Tensor:
     """A tensor (B, ...) or (B, S, ...) as one that broadcasts with (B, S, ...)."""
     dims = 1 + len(end.split())

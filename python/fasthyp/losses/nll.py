@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fasthyp.losses._base import LossModule, Shapes, mean, reduce
+from fasthyp.losses._base import LossModule, Shapes, check_same_shape, mean, reduce
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -54,20 +54,19 @@ def negative_log_likelihood(
     shapes = Shapes()
     shapes("z", z, "... D")
     shapes("log_det", log_det, "...")
-    for name, value in (("log_det", log_det), ("valid", valid)):
-        if value is not None and value.shape != z.shape[:-1]:
-            got = tuple(value.shape)
-            raise ValueError(f"{name}: expected shape {tuple(z.shape[:-1])}, got {got}")
     for name, value in (("base_mean", base_mean), ("base_std", base_std)):
         if value is not None:
             shapes(name, value, "... D")
-            if value.shape != z.shape:
-                got = tuple(value.shape)
-                raise ValueError(f"{name}: expected shape {tuple(z.shape)}, got {got}")
+            check_same_shape(name, value, "z", z)
     if valid is not None:
         shapes("valid", valid, "...", mask=True)
         if reduction != "mean":
             raise ValueError(f"reduction: expected 'mean' where valid is given, got {reduction!r}")
+    for name, value in (("log_det", log_det), ("valid", valid)):
+        if value is not None and value.shape != z.shape[:-1]:
+            got = tuple(value.shape)
+            raise ValueError(f"{name}: expected shape {tuple(z.shape[:-1])}, got {got}")
+    if valid is not None:
         z = torch.where((valid == 0)[..., None], 0, z)
     dims = shapes["D"]
     if dims == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fasthyp.losses._base import Shapes
+from fasthyp.losses._base import LossModule, Shapes
 
 
 class PosePriorDiscriminator(nn.Module):
@@ -100,3 +100,11 @@ def discriminator_loss(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
     shapes("fake_scores", fake_scores, "N K")
     real = ((real_scores - 1) ** 2).sum() / max(len(real_scores), 1)
     return real + (fake_scores**2).sum() / max(len(fake_scores), 1)
+
+
+class PriorLoss(LossModule, function=prior_loss):
+    """Module of :func:`prior_loss`."""
+
+
+class DiscriminatorLoss(LossModule, function=discriminator_loss):
+    """Module of :func:`discriminator_loss`."""

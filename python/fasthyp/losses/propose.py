@@ -25,7 +25,7 @@ def energy_discriminator_loss(real_energy: Tensor, fake_energy: Tensor, *, margi
     shapes = Shapes()
     shapes("real_energy", real_energy, "...")
     shapes("fake_energy", fake_energy, "...")
-    check_number("margin", margin, above=0)
+    check_number("margin", margin, above=True)
     return mean(real_energy) + mean((margin - fake_energy).relu())
 
 
@@ -112,7 +112,7 @@ def bidirectional_loss(
     shapes = Shapes()
     shapes("best_of_m", best_of_m, "")
     shapes("random", random, "")
-    check_number("threshold", threshold, low=0)
+    check_number("threshold", threshold)
     if threshold > 1:
         raise ValueError(f"threshold: expected 0 to 1, got {threshold}")
     if beta is None:
@@ -127,3 +127,15 @@ class EnergyDiscriminatorLoss(LossModule, function=energy_discriminator_loss):
 
 class BidirectionalLoss(LossModule, function=bidirectional_loss):
     """Module of :func:`bidirectional_loss`."""
+
+
+class EnergyGeneratorLoss(LossModule, function=energy_generator_loss):
+    """Module of :func:`energy_generator_loss`."""
+
+
+class PullingAwayTerm(LossModule, function=pulling_away_term):
+    """Module of :func:`pulling_away_term`."""
+
+
+class ModeToModeLoss(LossModule, function=mode_to_mode_loss):
+    """Module of :func:`mode_to_mode_loss`."""

@@ -122,14 +122,14 @@ def residual_log_likelihood_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    wide = _check(predicted, target, sigma, valid)
+    wide = _check(predicted, target, sigma, valid, log_prob)
     check_choice("base", base, BASES)
     for name, weight in (
         ("flow_weight", flow_weight),
         ("base_weight", base_weight),
         ("sigma_weight", sigma_weight),
     ):
-        check_number(name, weight, low=0)
+        check_number(name, weight)
     ratio = _filled(target - predicted, valid, 0) / _filled(wide, valid, 1)
     base_nll = mean(_nll(ratio, torch.ones_like(ratio), base, True, False), valid)
     log_sigma = mean(_filled(sigma, valid, 1).log(), valid)
@@ -226,12 +226,20 @@ class ResidualNLL(LossModule, function=residual_nll):
     """Module of :func:`residual_nll`."""
 
 
+class FlowResidualNLL(LossModule, function=flow_residual_nll):
+    """Module of :func:`flow_residual_nll`."""
+
+
 class ResidualLogLikelihoodLoss(LossModule, function=residual_log_likelihood_loss):
     """Module of :func:`residual_log_likelihood_loss`."""
 
 
 class PoseResidualLoss(LossModule, function=pose_residual_loss):
     """Module of :func:`pose_residual_loss`."""
+
+
+class ImageKeypointLoss(LossModule, function=image_keypoint_loss):
+    """Module of :func:`image_keypoint_loss`."""
 
 
 def _nll(residual: Tensor, sigma: Tensor, base: str, constant: bool, official: bool) -> Tensor:
@@ -249,7 +257,13 @@ def _nll(residual: Tensor, sigma: Tensor, base: str, constant: bool, official: b
     return value + math.log(2) if constant else value
 
 
-def _check(predicted: Tensor, target: Tensor, sigma: Tensor, valid: Tensor | None = None) -> Tensor:
+def _check(
+    predicted: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    valid: Tensor | None = None,
+    log_prob: Tensor | None = None,
+) -> Tensor:
     """The checked sigma, of as many dimensions as the residual."""
     shapes = Shapes()
     shapes("predicted", predicted, "...")
@@ -260,9 +274,14 @@ def _check(predicted: Tensor, target: Tensor, sigma: Tensor, valid: Tensor | Non
         raise ValueError(f"target: expected shape {shape}, got {tuple(target.shape)}")
     if sigma.ndim < 1 or tuple(sigma.shape) != shape[: sigma.ndim]:
         raise ValueError(f"sigma: expected shape {shape} or its start, got {tuple(sigma.shape)}")
+    shapes.sizes["B"] = shape[0]
     if valid is not None:
-        shapes.sizes["B"] = shape[0]
         shapes("valid", valid, "B", mask=True)
+    if log_prob is not None:
+        shapes("log_prob", log_prob, "...")
+        if log_prob.shape[:1] != predicted.shape[:1]:
+            got = tuple(log_prob.shape)
+            raise ValueError(f"log_prob: expected shape (B={shape[0]}, ...), got {got}")
     return sigma.reshape(sigma.shape + (1,) * (predicted.ndim - sigma.ndim)).expand_as(predicted)
 
 
