@@ -36,20 +36,18 @@ def off_mask(points: Tensor, mask: Tensor) -> Tensor:
             f"points: expected shape (B={shapes['B']}, ..., 2), got {tuple(points.shape)}"
         )
     height, width = shapes["H"], shapes["W"]
-    points = points.detach()
-    size = points.new_tensor([width - 1, height - 1])
-    inside = ((points >= 0) & (points <= size)).all(-1)
-    points = torch.where(inside[..., None], points, 0)
-    low = points.floor()
-    steps = points.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    corners = low[..., None, :] + steps
-    near = (corners - points[..., None, :]).norm(dim=-1) < _REACH
-    # a corner beyond the image is never used: it is a whole pixel away from a point on the border
-    cells = torch.minimum(corners, size).long()
-    cells = cells[..., 1] * width + cells[..., 0]
+    x, y = points.detach().unbind(-1)
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    x, y = torch.where(inside, x, 0), torch.where(inside, y, 0)
     flat = (mask != 0).flatten(1)
-    hit = flat.gather(1, cells.flatten(1)).reshape(cells.shape)
-    return inside & ~(hit & near).any(-1)
+    on = torch.zeros_like(inside)
+    for right, down in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        column, row = x.floor() + right, y.floor() + down
+        near = torch.hypot(column - x, row - y) < _REACH
+        # one beyond the image is never near: the point is on the border, a whole pixel away
+        cell = row.clamp(max=height - 1).long() * width + column.clamp(max=width - 1).long()
+        on |= near & flat.gather(1, cell.flatten(1)).reshape(cell.shape)
+    return inside & ~on
 
 
 def mask_loss(
@@ -98,8 +96,9 @@ def mask_loss(
     check_choice("reduction", reduction, ("mean", "none"))
     if shapes["T"] == 0:
         raise ValueError(f"targets: expected at least one, got {tuple(targets.shape)}")
-    size = predicted.new_tensor([shapes["W"], shapes["H"]])
-    wrong = off_mask((predicted + 1) * size / 2, mask) & (hidden != 0)[:, None]
+    x, y = (predicted + 1).unbind(-1)
+    pixels = torch.stack((x * (shapes["W"] / 2), y * (shapes["H"] / 2)), dim=-1)
+    wrong = off_mask(pixels, mask) & (hidden != 0)[:, None]
     usable = (usable != 0)[..., None]
     distance = (_nearest_of_all if official else _nearest)(predicted, targets, usable)
     wrong = wrong & distance.isfinite()
