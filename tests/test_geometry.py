@@ -73,6 +73,41 @@ def test_rotation_6d_of_no_rotation_is_finite() -> None:
         assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("angle", [0.0, 1e-8, 1e-5, 1e-3, 1.0, 2.0, 3.0, 3.1415926])
+def test_axis_angle_of_a_matrix(angle: float) -> None:
+    axis = random(50, 3)
+    axis[:3] = torch.eye(3)
+    axis = angle * axis / axis.norm(dim=-1, keepdim=True)
+    matrix = geometry.axis_angle_to_matrix(axis).requires_grad_()
+    back = geometry.matrix_to_axis_angle(matrix)
+    close(back, axis, rtol=1e-7, atol=1e-14)
+    (gradient,) = torch.autograd.grad(back.sum(), matrix)
+    assert torch.isfinite(gradient).all()
+    larger = axis * (1 + 2 * torch.pi / angle) if angle else axis
+    close(
+        geometry.matrix_to_axis_angle(geometry.axis_angle_to_matrix(larger)),
+        axis,
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+def test_any_leading_dimensions() -> None:
+    for function, end in (
+        *((geometry.axis_angle_to_matrix, (3,)), (geometry.quaternion_to_matrix, (4,))),
+        *((geometry.rotation_6d_to_matrix, (6,)), (geometry.matrix_to_rotation_6d, (3, 3))),
+    ):
+        flat = random(10, *end)
+        value = function(flat)
+        assert torch.equal(
+            function(flat.reshape(5, 2, *end)), value.reshape(5, 2, *value.shape[1:])
+        )
+        assert torch.equal(function(flat[0]), value[0])
+    matrices = geometry.axis_angle_to_matrix(random(5, 2, 3))
+    vectors = geometry.matrix_to_axis_angle(matrices)
+    assert torch.equal(vectors[3, 1], geometry.matrix_to_axis_angle(matrices[3, 1]))
+
+
 def test_quaternion() -> None:
     half = torch.tensor([0.4], dtype=torch.float64)
     axis = torch.tensor([0.6, -0.48, 0.64], dtype=torch.float64)
@@ -117,6 +152,7 @@ def test_projection() -> None:
             *(ValueError, r"matrix: expected shape \(..., 3, 3\), got \(3, 2\)"),
         ),
         (lambda: geometry.axis_angle_to_matrix(torch.zeros(4)), ValueError, "axis_angle: expected"),
+        (lambda: geometry.matrix_to_axis_angle(torch.zeros(4)), ValueError, "matrix: expected"),
         (lambda: geometry.quaternion_to_matrix(torch.zeros(3)), ValueError, "quaternion: expected"),
         (
             lambda: geometry.perspective_projection(

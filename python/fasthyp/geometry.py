@@ -99,6 +99,35 @@ def axis_angle_to_matrix(axis_angle: Tensor, *, official: bool = False) -> Tenso
     return identity + sine * cross + cosine * (cross @ cross)
 
 
+def matrix_to_axis_angle(matrix: Tensor) -> Tensor:
+    """The axis-angle vectors (..., 3), of at most pi radians, of rotation matrices (..., 3, 3).
+
+    Smooth at zero; at pi, where the axis has two signs, one of them. By way of the quaternion, of
+    whose components the largest is computed first (Shepperd, 1978).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    _check("matrix", matrix, (3, 3))
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in matrix.unbind(-2))
+    rows = (
+        *(1 + a + e + i, h - f, c - g, d - b),
+        *(h - f, 1 + a - e - i, d + b, c + g),
+        *(c - g, d + b, 1 - a + e - i, f + h),
+        *(d - b, c + g, f + h, 1 - a - e + i),
+    )
+    products = torch.stack(rows, dim=-1).unflatten(-1, (4, 4))  # 4 q q^T
+    largest = products.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    row = products.gather(-2, largest.expand(*largest.shape[:-1], 4))[..., 0, :]
+    quaternion = normalize(row, dim=-1)
+    quaternion = torch.where(quaternion[..., :1] < 0, -quaternion, quaternion)
+    real, vector = quaternion[..., :1], quaternion[..., 1:]
+    square = (vector * vector).sum(-1, keepdim=True)
+    small = square < 1e-12
+    sine = torch.where(small, 1, square).sqrt()
+    return vector * torch.where(small, 2 + square / 3, 2 * torch.atan2(sine, real) / sine)
+
+
 def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
     """Rotation matrices (..., 3, 3) of quaternions (..., 4), real part first, of any length but
     zero.

@@ -208,6 +208,13 @@ def test_covariance_loss_is_one_sided_in_the_variances() -> None:
     assert float(losses.heatmap_covariance_loss(tilted, target)) > 0.1  # two-sided there
 
 
+def test_covariance_of_two_hypotheses() -> None:
+    target = 9 * torch.eye(2).double()[None, None]
+    pair = torch.tensor([[[[0.01, 0.0]], [[-0.01, 0.0]]]]).double()  # variance 2e-4 along x
+    exact = torch.tensor([9e-4 - 2e-4, 9e-4]).double().norm()
+    close(losses.heatmap_covariance_loss(pair, target), exact, rtol=1e-6, atol=0)
+
+
 def test_covariance_official_is_the_papers_for_uncertain_joints() -> None:
     """Doubled standard deviations at 5 mm a pixel are single ones at 10 mm."""
     positions = 0.02 * numbers(2, 9, 4, 2)
@@ -440,7 +447,7 @@ def test_mask_loss() -> None:
     # the nearest of the joint's own: (7, 5), at (1 + 3) / 5
     close(losses.mask_loss(*arguments), torch.tensor(0.8).double())
     # of all joints': (8, 8) of the second joint
-    assert float(losses.mask_loss(*arguments, official=True)) == 0
+    assert losses.mask_loss(*arguments, official=True) == 0
     close(losses.mask_loss(*arguments, reduction="none"), torch.full((1, 2), 0.8).double())
     (gradient,) = torch.autograd.grad(losses.mask_loss(*arguments), predicted)
     close(gradient[0, 0], torch.tensor([[0.5, 0.5], [0, 0], [0, 0]]).double())

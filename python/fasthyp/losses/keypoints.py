@@ -93,8 +93,7 @@ def parameter_loss(predicted: Tensor, target: Tensor, valid: Tensor | None = Non
         )
     target = target if target.shape == predicted.shape else target[:, None]
     shapes.sizes.update(B=len(predicted), S=predicted.shape[1])
-    difference = (predicted - target).flatten(2) if predicted.ndim > 2 else predicted - target
-    difference = difference.reshape(*predicted.shape[:2], -1)
+    difference = (predicted - target)[..., None].flatten(2)
     if valid is None:
         return (difference * difference).sum(-1)
     weight = _each(shapes, "valid", valid, "", mask=True)
