@@ -393,8 +393,8 @@ class SparsificationCurve(Metric):
     def update(self, uncertainty: Tensor, error: Tensor) -> None:
         """Add predictions; errors as of :func:`sparsification`."""
         x, y = judged._flat_pair(uncertainty, error)
-        self.uncertainty.append(x)
-        self.error.append(y)
+        self.uncertainty.append(x.clone())
+        self.error.append(y.clone())
 
     def compute(self) -> judged.Sparsification:
         """Raises ValueError where nothing was seen."""

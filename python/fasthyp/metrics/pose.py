@@ -135,7 +135,8 @@ def pck(
     """
     distance = _distances(pred, truth, mask, root)
     limit = check_thresholds([threshold], pred.device)[0]
-    return _mean((distance < limit).to(distance.dtype), mask)
+    near = (distance < limit).to(distance.dtype)
+    return _mean(near.masked_fill(distance.isnan(), torch.nan), mask)
 
 
 def auc(

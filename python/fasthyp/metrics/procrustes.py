@@ -42,8 +42,8 @@ def procrustes(source: Tensor, target: Tensor, mask: Tensor | None = None) -> Si
     It minimises ``sum_j |scale * rotation @ source_j + translation - target_j|^2`` over proper
     rotations: a mirrored pose stays mirrored, as in the official codes
     (``procrustes_torch_parallel`` of Wehrbein et al., ICCV 2021; ``compute_similarity_transform``
-    of ProHMR, ICCV 2021). Where several rotations are equally good (points on a line), one of them. Where the source is a single
-    point, the official codes give NaN; here the rotation is one and the scale 0.
+    of ProHMR, ICCV 2021). Where several rotations are equally good (points on a line), one of
+    them. Where the source is a single point, the official codes give NaN; here the scale is 0.
 
     Computed in float64 by a closed form for the largest root of the characteristic polynomial and
     the rotation (Markley, "Attitude determination using vector observations: a fast optimal matrix
@@ -218,9 +218,10 @@ class _Rotation(torch.autograd.Function):
 
 def _rotation(products: Tensor) -> Tensor:
     """Markley's FOAM on float64 (3, 3, N)."""
-    norm = products.square().sum((0, 1)).sqrt()
-    zero = norm == 0
-    b = products / torch.where(zero, 1.0, norm)
+    largest = products.abs().amax((0, 1))
+    b = products / torch.where(largest == 0, 1.0, largest)  # squares neither vanish nor overflow
+    norm = b.square().sum((0, 1)).sqrt()
+    b = b / torch.where(norm == 0, 1.0, norm)
     rows, after, before = b, b[[1, 2, 0]], b[[2, 0, 1]]
     adjoint = (
         after[:, [1, 2, 0]] * before[:, [2, 0, 1]] - after[:, [2, 0, 1]] * before[:, [1, 2, 0]]
