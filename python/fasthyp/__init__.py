@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from fasthyp import flows, metrics, models, viz
     from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
-    from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
+    from fasthyp.heatmaps import (
+        GaussianFit,
+        fit_gaussians,
+        heatmap_argmax,
+        heatmap_decode,
+        sample_heatmaps,
+    )
     from fasthyp.mmd import MMDLoss, mmd2
     from fasthyp.sampling import HypothesisSampler
 
@@ -31,6 +37,7 @@ _HOME = {
     "GaussianFit": "fasthyp.heatmaps",
     "fit_gaussians": "fasthyp.heatmaps",
     "heatmap_argmax": "fasthyp.heatmaps",
+    "heatmap_decode": "fasthyp.heatmaps",
     "sample_heatmaps": "fasthyp.heatmaps",
     "MMDLoss": "fasthyp.mmd",
     "mmd2": "fasthyp.mmd",
@@ -48,6 +55,7 @@ __all__ = [
     "fit_gaussians",
     "flows",
     "heatmap_argmax",
+    "heatmap_decode",
     "metrics",
     "mmd2",
     "models",

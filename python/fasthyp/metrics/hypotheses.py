@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasthyp._seed import check_int, resolve_seed
-from fasthyp.metrics._checks import check_floating
+from fasthyp._tensors import check_floating
 
 _KMEANS_STARTS = 4
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fasthyp._tensors import check_floating
 from fasthyp.metrics import hypotheses as over
 from fasthyp.metrics import pose as single
 from fasthyp.metrics import uncertainty as judged
-from fasthyp.metrics._checks import check_floating, check_thresholds
+from fasthyp.metrics._checks import check_thresholds
 from fasthyp.metrics.procrustes import pa_mpjpe
 
 try:

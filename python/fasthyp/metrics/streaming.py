@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthyp._seed import check_int, resolve_seed
-from fasthyp.metrics._checks import check_floating
+from fasthyp._tensors import check_floating
 from fasthyp.metrics.pose import mpjpe
 from fasthyp.reference.coupling import philox_normal
 from fasthyp.sampling import HypothesisSampler

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fasthyp._seed import check_int
-from fasthyp.metrics._checks import check_floating, check_pair, check_thresholds
+from fasthyp._tensors import check_floating
+from fasthyp.metrics._checks import check_pair, check_thresholds
 from fasthyp.metrics.hypotheses import check_hypotheses
 
 SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
