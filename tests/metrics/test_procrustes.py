@@ -48,6 +48,7 @@ def degenerate() -> dict[str, tuple[Tensor, Tensor]]:
         "collinear": (general[..., :1] * line, general + noise),
         "both collinear": (general[..., :1] * line, (general[..., :1] + noise[..., :1]) * line),
         "nearly collinear": (general[..., :1] * line + 1e-9 * noise, general),
+        "slightly bent": (general[..., :1] * line + 1e-6 * noise, general),
         "repeated points": (repeated @ rotations(20).mT, repeated + 0.01 * poses(20, 18)),
         "two joints": (general[:, :2], turned[:, :2]),
         "tiny": (1e-150 * turned, 1e-150 * (general + noise)),
