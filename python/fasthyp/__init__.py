@@ -12,10 +12,16 @@ from typing import TYPE_CHECKING, Any
 from fasthyp import _C
 
 if TYPE_CHECKING:
-    from fasthyp import flows, losses, models, viz
+    from fasthyp import flows, losses, metrics, models, viz
     from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
-    from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
+    from fasthyp.heatmaps import (
+        GaussianFit,
+        fit_gaussians,
+        heatmap_argmax,
+        heatmap_decode,
+        sample_heatmaps,
+    )
     from fasthyp.mmd import MMDLoss, mmd2
     from fasthyp.sampling import HypothesisSampler
 
@@ -31,11 +37,12 @@ _HOME = {
     "GaussianFit": "fasthyp.heatmaps",
     "fit_gaussians": "fasthyp.heatmaps",
     "heatmap_argmax": "fasthyp.heatmaps",
+    "heatmap_decode": "fasthyp.heatmaps",
     "sample_heatmaps": "fasthyp.heatmaps",
     "MMDLoss": "fasthyp.mmd",
     "mmd2": "fasthyp.mmd",
 }
-_MODULES = ("flows", "losses", "models", "viz")
+_MODULES = ("flows", "losses", "metrics", "models", "viz")
 
 __all__ = [
     "GaussianFit",
@@ -48,7 +55,9 @@ __all__ = [
     "fit_gaussians",
     "flows",
     "heatmap_argmax",
+    "heatmap_decode",
     "losses",
+    "metrics",
     "mmd2",
     "models",
     "restore",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasthyp.data.mocap import load_cmu
 from fasthyp.data.simulate import PoseSimulator, SimulatedBatch, SimulationConfig
+from fasthyp.metrics import confidence_rank, mpjpe, over_hypotheses, sharpness
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.skeleton import COCO13_JOINTS, COCO17_TO_COCO13
 
@@ -64,7 +65,7 @@ def evaluate_lifting(
         pool, torch.Generator().manual_seed(seed + _POOL_SEED_OFFSET)
     )
 
-    mode, best, average, single, nll, inside, implausible = [], [], [], [], [], [], 0
+    mode, best, average, single, nll, ranks, implausible = [], [], [], [], [], [], 0
     for start in range(0, len(chosen), _CHUNK):
         rows = slice(start, start + _CHUNK)
         truth = persons.clean_pose[rows]
@@ -75,13 +76,13 @@ def evaluate_lifting(
             nll.append(-model.log_prob(persons.pose[rows, None], cond)[:, 0])
             pose = model.sample(cond, num_samples, seed + start, True, precision=precision)
         assert isinstance(pose, Tensor)
-        error = (pose - truth[:, None]).norm(dim=-1).mean(-1)
+        error = mpjpe(pose, truth[:, None])
         mode.append(error[:, 0])
         single.append(error[:, -1])
-        best.append(error.amin(1))
+        best.append(over_hypotheses(error).best)
         drawn = pose[:, 1:]
-        average.append((drawn.mean(1) - truth).norm(dim=-1).mean(-1))
-        inside.append(_inside(drawn, persons.pose[rows]))
+        average.append(mpjpe(drawn.mean(1), truth))
+        ranks.append(confidence_rank(drawn, persons.pose[rows]))
         implausible += int((drawn.norm(dim=-1).amax(-1) > _FARTHEST).sum())
         if progress is not None:
             progress(min(start + _CHUNK, len(chosen)), len(chosen))
@@ -89,45 +90,34 @@ def evaluate_lifting(
     truth = persons.clean_pose
     mean_pose = known.clean_pose.mean(0)
     nearest = known.clean_pose[_nearest_2d(persons, known)]
-    covered = torch.cat(inside, 1)
+    covered = [(torch.cat(ranks) <= level).double().mean(0) for level in (0.5, 0.9)]
     subject = test.subject[chosen]
 
-    def mpjpe(values: list[Tensor]) -> float:
-        return 1000 * float(torch.cat(values).mean())
+    def millimetres(values: list[Tensor]) -> float:
+        return 1000 * float(torch.cat(values).mean(dtype=torch.float64))
 
     mode_error = torch.cat(mode)
     return {
         "persons": len(chosen),
         "num_samples": num_samples,
         "seed": seed,
-        "mode_mm": mpjpe(mode),
+        "mode_mm": millimetres(mode),
         "mode_median_mm": 1000 * float(mode_error.median()),
-        "best_mm": mpjpe(best),
-        "mean_of_hypotheses_mm": mpjpe(average),
-        "single_hypothesis_mm": mpjpe(single),
-        "mean_pose_mm": 1000 * float((mean_pose - truth).norm(dim=-1).mean()),
-        "nearest_2d_mm": 1000 * float((nearest - truth).norm(dim=-1).mean()),
+        "best_mm": millimetres(best),
+        "mean_of_hypotheses_mm": millimetres(average),
+        "single_hypothesis_mm": millimetres(single),
+        "mean_pose_mm": millimetres([mpjpe(mean_pose, truth)]),
+        "nearest_2d_mm": millimetres([mpjpe(nearest, truth)]),
         "mode_mm_by_subject": {
             str(number): 1000 * float(mode_error[subject == number].mean())
             for number in sorted(set(subject.tolist()))
         },
         "nll": float(torch.cat(nll).mean()),
         "nll_median": float(torch.cat(nll).median()),
-        "inside_50": dict(zip(COCO13_JOINTS, covered[0].mean(0).tolist(), strict=True)),
-        "inside_90": dict(zip(COCO13_JOINTS, covered[1].mean(0).tolist(), strict=True)),
+        "inside_50": dict(zip(COCO13_JOINTS, covered[0].tolist(), strict=True)),
+        "inside_90": dict(zip(COCO13_JOINTS, covered[1].tolist(), strict=True)),
         "implausible": implausible / (len(chosen) * max(1, num_samples - 1)),
     }
-
-
-def _inside(drawn: Tensor, truth: Tensor) -> Tensor:
-    """(2, B, 13): is the truth (B, 13, 3) in the 50% and 90% regions of drawn (B, M, 13, 3)?"""
-    mean = drawn.mean(1, keepdim=True)
-    offset = torch.cat([truth[:, None], drawn], 1) - mean
-    covariance = torch.einsum("bmji,bmjk->bjik", offset[:, 1:], offset[:, 1:]) / drawn.shape[1]
-    precision = torch.linalg.inv(covariance + 1e-8 * torch.eye(3))
-    distance = torch.einsum("bmji,bjik,bmjk->bmj", offset, precision, offset)
-    levels = torch.tensor([0.5, 0.9])
-    return (distance[:, 0] <= distance[:, 1:].quantile(levels, dim=1)).float()
 
 
 def _nearest_2d(persons: SimulatedBatch, known: SimulatedBatch) -> Tensor:
@@ -210,8 +200,7 @@ def evaluate_heatmaps(
     assert isinstance(pose, Tensor)
     distance = reprojection_distance(pose, mean, covariance)
     std = torch.linalg.det(covariance).clamp_min(0).pow(0.25)[:, None]
-    variance = (1000 * pose).var(1, correction=0)
-    spread, flat_spread = variance.sum(-1).sqrt(), variance[..., :2].sum(-1).sqrt()
+    spread, flat_spread = sharpness(1000 * pose), sharpness(1000 * pose[..., :2])
     return {
         "persons": len(heatmaps),
         "num_samples": num_samples,

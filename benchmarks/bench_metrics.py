@@ -1,0 +1,140 @@
+"""PA-MPJPE of many poses, and the best of 100,000 hypotheses a part at a time.
+
+    python benchmarks/bench_metrics.py [--json FILE] [--seconds S]
+
+200 hypotheses of each of 512 poses of 17 joints, as in an evaluation on Human3.6M, float32. `loop`
+aligns one pose after another with NumPy's SVD, as the plain form of the official codes does; it
+is timed on one hypothesis of each pose and its time multiplied by 200. `batched` is
+torch.linalg.svd on all at once. Then M hypotheses of one image from a flow of 48 dimensions with 8
+blocks of 1024 hidden units: the time, and what the process has at its peak beyond what it had
+before (a fresh process for each M).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _timing import interleaved, report
+from torch import Tensor
+
+from fasthyp.metrics import best_of_m, hypothesis_source, pa_mpjpe
+from fasthyp.models import PoseINN
+from fasthyp.sampling import HypothesisSampler
+
+HYPOTHESES, POSES, JOINTS = 200, 512, 17
+SAMPLES = (1_000, 10_000, 100_000)
+
+
+def one_by_one(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Errors (N,) of poses (N, J, 3)."""
+    errors = np.empty(len(pred))
+    for i, (source, target) in enumerate(zip(pred, truth, strict=True)):
+        source_mean, target_mean = source.mean(0), target.mean(0)
+        a, b = source - source_mean, target - target_mean
+        u, s, vt = np.linalg.svd(b.T @ a)
+        sign = np.ones(3)
+        sign[2] = np.sign(np.linalg.det(u @ vt))
+        rotation = (u * sign) @ vt
+        aligned = (s * sign).sum() / (a**2).sum() * a @ rotation.T
+        errors[i] = np.sqrt(((aligned - b) ** 2).sum(1)).mean()
+    return errors
+
+
+def batched_svd(pred: Tensor, truth: Tensor) -> Tensor:
+    """Errors (M, N) of poses (M, N, J, 3)."""
+    a, b = pred - pred.mean(-2, keepdim=True), truth - truth.mean(-2, keepdim=True)
+    u, s, vt = torch.linalg.svd(b.mT @ a)
+    sign = torch.ones_like(s)
+    sign[..., 2] = torch.linalg.det(u @ vt).sign()
+    rotation = (u * sign[..., None, :]) @ vt
+    scale = (s * sign).sum(-1) / a.square().sum((-2, -1))
+    return (scale[..., None, None] * a @ rotation.mT - b).norm(dim=-1).mean(-1)
+
+
+def pa_row(seconds: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    truth = 300 * torch.randn(POSES, JOINTS, 3)
+    pred = truth + 50 * torch.randn(HYPOTHESES, POSES, JOINTS, 3)
+    first, target = pred[0].numpy(), truth.numpy()
+    torch.testing.assert_close(pa_mpjpe(pred, truth), batched_svd(pred, truth))
+    np.testing.assert_allclose(pa_mpjpe(pred[0], truth), one_by_one(first, target), rtol=1e-4)
+    times = interleaved(
+        {
+            "loop": partial(one_by_one, first, target),
+            "batched": partial(batched_svd, pred, truth),
+            "fasthyp": partial(pa_mpjpe, pred, truth),
+        },
+        seconds,
+    )
+    ms = {name: t["ms"] for name, t in times.items()}
+    ms["loop"] *= HYPOTHESES
+    return {
+        "workload": f"PA-MPJPE {HYPOTHESES} x {POSES}",
+        **{f"{name}_ms": value for name, value in ms.items()},
+        **{f"{name}_ratio": ms[name] / ms["fasthyp"] for name in ("loop", "batched")},
+    }
+
+
+def resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def print_best(num_samples: int) -> None:
+    """Seconds, MB and the best error of so many hypotheses."""
+    torch.manual_seed(0)
+    model = PoseINN().eval()
+    sampler = HypothesisSampler(model.inn, "highest")
+    with torch.no_grad():
+        cond = model.cond_net(torch.randn(1, 78))
+    source = hypothesis_source(sampler, cond, seed=0, fixed=torch.randn(1, 32))
+    truth = torch.randn(1, 16, 3)
+
+    def draw(first: int, count: int) -> Tensor:
+        return source(first, count).unflatten(-1, (3, 16)).mT
+
+    best_of_m(draw, truth, 8192)  # loads all that a first call loads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+    before, start = resident("VmRSS"), time.perf_counter()
+    best = float(best_of_m(draw, truth, num_samples).best)
+    print(time.perf_counter() - start, (resident("VmHWM") - before) / 1024, best)
+
+
+def best_row(num_samples: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--best", str(num_samples)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, mb, best = map(float, done.stdout.split())
+    return {
+        "workload": f"best of {num_samples}",
+        "fasthyp_ms": 1e3 * seconds,
+        "fasthyp_mb": mb,
+        "hypotheses_mb": num_samples * 48 * 4 / 2**20,
+        "best": best,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for PA-MPJPE")
+    parser.add_argument("--best", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.best:
+        print_best(options.best)
+        return
+    rows = [pa_row(options.seconds), *map(best_row, SAMPLES)]
+    report("Metrics", rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
