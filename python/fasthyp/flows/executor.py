@@ -281,6 +281,15 @@ class FlowExecutor:
             self._trainable = found
         return found
 
+    def trainable(self) -> training.TrainableFlow | None:
+        """The differentiable fused flow where a single one covers everything."""
+        plan = self.current_plan()
+        found = self._trained(plan, [plan.like.detach()])
+        if isinstance(found, str) or len(found.segments) != 1:
+            return None
+        only = found.segments[0]
+        return None if isinstance(only, Layer) else only
+
     def _trainable_flow(
         self, plan: Plan, layers: Sequence[Layer], output_index: Sequence[int]
     ) -> training.TrainableFlow:
@@ -357,8 +366,6 @@ def _needs_gradients(plan: Plan, inputs: list[Tensor]) -> bool:
 def _why_reference(inputs: list[Tensor]) -> str | None:
     if backend() == "reference":
         return "FASTHYP_BACKEND=reference"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:
