@@ -14,7 +14,7 @@ from fasthyp.flows.program import FlowProgram, UninitializedFlow, UnsupportedFlo
 from fasthyp.flows.traced import Traced, run, trace
 
 
-def _constant(method: Any) -> Any:
+def constant(method: Any) -> Any:
     """``torch.compiler.assume_constant_result``, without the import of dynamo that it costs."""
     method._dynamo_marked_constant = True
     return method
@@ -61,20 +61,20 @@ class FusedFlow(nn.Module):
         state.pop("_flow", None)
         return state
 
-    @_constant
+    @constant
     def _dims(self) -> tuple[int, tuple[int, ...]]:
         """Widths of the state and of the conditions."""
         program = self.flow().program
         return program.dim, program.cond_dims
 
-    @_constant
+    @constant
     def _traced(self) -> Traced | None:
         try:
             return trace(self, self.flow())
         except UnsupportedFlow:
             return None
 
-    @_constant
+    @constant
     def _guard(self, *objects: Any) -> None:
         """Called by traced code: dynamo guards the identity of what it passes to a constant."""
 

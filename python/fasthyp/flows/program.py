@@ -251,7 +251,7 @@ class Watch:
             self._values.append(table.get(name))
 
     def settings(self, root: nn.Module) -> list[tuple[str, str, Any]]:
-        """The watched attributes of modules inside ``root``: the module's name, theirs, the value."""
+        """The watched attributes of modules inside ``root``: module, attribute and value."""
         names = {id(part.__dict__): name for name, part in root.named_modules()}
         entries = zip(self._dicts, self._keys, self._values, strict=True)
         return [(names[id(d)], key, value) for d, key, value in entries if id(d) in names]

@@ -1,7 +1,7 @@
-"""Flows under ``torch.compile``: the fused op in the graph, with the module's tensors as its inputs.
+"""Flows under ``torch.compile``: the fused op in the graph, the module's tensors as its inputs.
 
-What a flow consists of is a constant of the compiled code, which :func:`trace` computes while dynamo
-traces a call. Weights are read from the module by the traced code itself, so they are inputs of the
+What a flow consists of is a constant of the compiled code, which :func:`trace` computes while
+dynamo traces a call. The traced code reads the weights from the module, so they are inputs of the
 graph and their folding is a part of it: there is no packed copy that could go stale. What the
 constant was made from is guarded, and a change compiles anew; only the numbers in permutations and
 masks cannot be, so the compiled code compares them and fails where they have changed.
@@ -119,7 +119,7 @@ def _path(name: str) -> Path:
 
 def _places(root: nn.Module) -> dict[int, tuple[Path, str]]:
     """Where the parameters and buffers of a module are, by identity."""
-    found = {}
+    found: dict[int, tuple[Path, str]] = {}
     for name, part in root.named_modules():
         for table in (part._parameters, part._buffers):
             found.update((id(tensor), (_path(name), key)) for key, tensor in table.items())
