@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthyp.flows.executor import FlowExecutor
-from fasthyp.flows.fused import FusedFlow
+from fasthyp.flows.fused import FusedFlow, constant
 from fasthyp.flows.nflows import FusedTransform, lu_factors
 from fasthyp.reference.coupling import standard_normal_log_prob
 
@@ -47,7 +47,7 @@ class ActNorm(Transform):
         self.shift = nn.Parameter(torch.zeros(features))
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Rows:
-        if self.training and not self.initialized:
+        if self.training and not self._was_initialized() and not self.initialized:
             self._initialize(inputs.detach())
         outputs = self.log_scale.exp() * inputs + self.shift
         return outputs, self.log_scale.sum().expand(len(inputs))
@@ -55,6 +55,11 @@ class ActNorm(Transform):
     def inverse(self, inputs: Tensor, context: Tensor | None = None) -> Rows:
         outputs = (inputs - self.shift) / self.log_scale.exp()
         return outputs, -self.log_scale.sum().expand(len(inputs))
+
+    @constant
+    def _was_initialized(self) -> bool:
+        # Compiled code need not look at the buffer once it is true.
+        return bool(self.initialized)
 
     @torch.no_grad()
     def _initialize(self, inputs: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fasthyp import _C
 from fasthyp._environment import backend
@@ -23,6 +24,28 @@ from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import CouplingLayer, Layer, LinearLayer, Net
 
 _DTYPES = {"cpu": (torch.float32, torch.float64), "cuda": (torch.float32,)}
+
+
+class _Steps:
+    """Counts the steps of optimizers that may change parameters without PyTorch counting it: those
+    with ``fused=True``, and those of other packages."""
+
+    count = 0
+
+    @classmethod
+    def after(cls, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        foreign = not type(optimizer).__module__.startswith("torch.optim.")
+        if foreign or any(group.get("fused") for group in optimizer.param_groups):
+            cls.count += 1
+
+
+register_optimizer_step_post_hook(_Steps.after)
+
+
+def _stamp(weights: list[Tensor]) -> Any:
+    """Changes whenever the weights may have changed (None: cannot be known)."""
+    found = stamp(weights)
+    return None if found is None else (found, _Steps.count)
 
 
 def check_precision(precision: str) -> str:
@@ -271,7 +294,7 @@ class FlowExecutor:
         why = _why_reference(inputs) or _unfit(plan.weights)
         if why:
             return why
-        now = stamp(plan.weights)
+        now = _stamp(plan.weights)
         found = self._trainable
         if found is None or found.plan is not plan or found.stamp is None or found.stamp != now:
             try:
@@ -280,6 +303,15 @@ class FlowExecutor:
                 return str(error)
             self._trainable = found
         return found
+
+    def trainable(self) -> training.TrainableFlow | None:
+        """The differentiable fused flow where a single one covers everything."""
+        plan = self.current_plan()
+        found = self._trained(plan, [plan.like.detach()])
+        if isinstance(found, str) or len(found.segments) != 1:
+            return None
+        only = found.segments[0]
+        return None if isinstance(only, Layer) else only
 
     def _trainable_flow(
         self, plan: Plan, layers: Sequence[Layer], output_index: Sequence[int]
@@ -302,7 +334,7 @@ class FlowExecutor:
         why = _why_reference(inputs)
         if why:
             return why
-        now = stamp(plan.weights)
+        now = _stamp(plan.weights)
         if now is None:
             return "parameters made in inference mode do not tell when they change"
         packed = self._packed
@@ -357,8 +389,6 @@ def _needs_gradients(plan: Plan, inputs: list[Tensor]) -> bool:
 def _why_reference(inputs: list[Tensor]) -> str | None:
     if backend() == "reference":
         return "FASTHYP_BACKEND=reference"
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing"
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     if forward_ad._current_level >= 0:

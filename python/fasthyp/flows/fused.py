@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from fasthyp.flows.executor import FlowExecutor
 from fasthyp.flows.program import FlowProgram, UninitializedFlow, UnsupportedFlow
+from fasthyp.flows.traced import Traced, run, trace
+
+
+def constant(method: Any) -> Any:
+    """``torch.compiler.assume_constant_result``, without the import of dynamo that it costs."""
+    method._dynamo_marked_constant = True
+    return method
 
 
 class FusedFlow(nn.Module):
@@ -54,13 +61,54 @@ class FusedFlow(nn.Module):
         state.pop("_flow", None)
         return state
 
+    @constant
+    def _dims(self) -> tuple[int, tuple[int, ...]]:
+        """Widths of the state and of the conditions."""
+        program = self.flow().program
+        return program.dim, program.cond_dims
+
+    @constant
+    def _traced(self) -> Traced | None:
+        try:
+            return trace(self, self.flow())
+        except UnsupportedFlow:
+            return None
+
+    @constant
+    def _guard(self, *objects: Any) -> None:
+        """Called by traced code: dynamo guards the identity of what it passes to a constant."""
+
     def _delegates(self) -> bool:
         """Whether this call is for the plain forward, which every torch transform can trace."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced() is None
         return (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
             or getattr(self, "_is_replica", False)
         )
+
+    def _pass(self, state: Tensor, cond: Tensor | None, rev: bool) -> tuple[Tensor, Tensor]:
+        """State (B, M, D), condition (B, C) -> state, log-Jacobian (B, M)."""
+        if not torch.compiler.is_dynamo_compiling():
+            flow = self.flow()
+            return (flow.inverse if rev else flow.forward)(state, cond)
+        traced = self._traced()
+        assert traced is not None  # as _delegates() has found
+        number, tensors, settings, objects, sizes = traced
+        for path, size in sizes:
+            assert len(self._part(path)._modules) == size
+        for path, name, value in settings:
+            assert getattr(self._part(path), name) == value
+        self._guard(*[getattr(self._part(path), name) for path, name in objects])
+        found = [getattr(self._part(path), name) for path, name in tensors]
+        return run(number, found, state, cond, rev)
+
+    def _part(self, path: tuple[str, ...]) -> Any:
+        part: Any = self
+        for name in path:
+            part = part._modules[name]
+        return part
 
     def _run_rows(
         self,
@@ -73,13 +121,12 @@ class FusedFlow(nn.Module):
 
         ``names`` are those of the arguments in messages.
         """
-        flow = self.flow()
-        program = flow.program
+        dim, cond_dims = self._dims()
         if not isinstance(x, Tensor):
             raise TypeError(f"{names[0]}: expected a tensor, got {type(x).__name__}")
-        if x.dim() != 2 or x.shape[1] != program.dim:
-            raise ValueError(f"{names[0]}: expected shape (N, {program.dim}), got {tuple(x.shape)}")
-        for i, (c, width) in enumerate(zip(conditions, program.cond_dims, strict=True)):
+        if x.dim() != 2 or x.shape[1] != dim:
+            raise ValueError(f"{names[0]}: expected shape (N, {dim}), got {tuple(x.shape)}")
+        for i, (c, width) in enumerate(zip(conditions, cond_dims, strict=True)):
             name = names[1].format(i)
             if not isinstance(c, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(c).__name__}")
@@ -90,7 +137,7 @@ class FusedFlow(nn.Module):
         cond = None
         if conditions:
             cond = conditions[0] if len(conditions) == 1 else torch.cat(tuple(conditions), 1)
-        out, log_jac = (flow.inverse if rev else flow.forward)(x[:, None], cond)
+        out, log_jac = self._pass(x[:, None], cond, rev)
         return out[:, 0], log_jac[:, 0]
 
 

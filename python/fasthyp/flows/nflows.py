@@ -298,7 +298,7 @@ class FusedTransform(FusedFlow):
     ) -> tuple[Tensor, Tensor] | None:
         if not self._delegates() and isinstance(inputs, Tensor) and inputs.dim() == 2:
             try:
-                if (context is not None) == bool(self.flow().program.cond_dim):
+                if (context is not None) == bool(self._dims()[1]):
                     conditions = [] if context is None else [context]
                     return self._run_rows(inputs, conditions, rev, ("inputs", "context"))
             except UnsupportedFlow:
@@ -310,8 +310,8 @@ class FusedTransform(FusedFlow):
         log|det| (B, M) of the inverse."""
         if not self._delegates():
             try:
-                if (context is not None) == bool(self.flow().program.cond_dim):
-                    return self.flow().inverse(noise, context)
+                if (context is not None) == bool(self._dims()[1]):
+                    return self._pass(noise, context, rev=True)
             except UnsupportedFlow:
                 pass
         rows = None if context is None else context.repeat_interleave(noise.shape[1], 0)

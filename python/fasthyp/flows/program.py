@@ -250,6 +250,16 @@ class Watch:
             self._keys.append(name)
             self._values.append(table.get(name))
 
+    def settings(self, root: nn.Module) -> list[tuple[str, str, Any]]:
+        """The watched attributes of modules inside ``root``: module, attribute and value."""
+        names = {id(part.__dict__): name for name, part in root.named_modules()}
+        entries = zip(self._dicts, self._keys, self._values, strict=True)
+        return [(names[id(d)], key, value) for d, key, value in entries if id(d) in names]
+
+    def values_watched(self) -> list[Tensor]:
+        """The tensors of which the numbers are watched."""
+        return list(self._tensors)
+
     def unchanged(self) -> bool:
         return (
             all(map(is_, map(dict.get, self._dicts, self._keys), self._values))

@@ -182,7 +182,7 @@ class FusedRealNVP(FusedFlow):
         if self._delegates():
             return None
         try:
-            width = self.flow().program.cond_dim
+            width = sum(self._dims()[1])
             if (x_cond is None) != (width == 0):
                 got = "None" if x_cond is None else "a tensor"
                 raise ValueError(f"x_cond: expected {width} columns, got {got}")

@@ -14,6 +14,7 @@ of linear steps do not depend on the rows and are added outside the op.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,6 +81,12 @@ class TrainableFlow:
         self.keep_every = KEEP_EVERY if len(steps) > KEEP_EVERY and not self.store else 0
         if not on_cpu:
             cuda.coupling_saved_width(self.plan, self.keep_every, self.store)
+
+    def over(self, layers: Sequence[Layer]) -> TrainableFlow:
+        """The same flow over layers of other tensors, whose weights every call packs."""
+        flow = copy.copy(self)
+        flow.layers, flow.packed = layers, None
+        return flow
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
