@@ -78,7 +78,8 @@ class TrainableFlow:
                 *(steps, output_index, dim, cond_dim, element, lanes), log_det=False
             )
             self.packed = pack(_as(weights, dtype), self.plan) if on_cpu else None
-        self.keep_every = KEEP_EVERY if len(steps) > KEEP_EVERY and not self.store else 0
+        linear = any(isinstance(step, FoldedLinear) for step in steps)
+        self.keep_every = 1 if linear else 2
         if not on_cpu:
             cuda.coupling_saved_width(self.plan, self.keep_every, self.store)
 
