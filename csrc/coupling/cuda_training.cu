@@ -319,7 +319,7 @@ class Engine {
         throw std::invalid_argument("weights[" + std::to_string(i) + "]: expected " +
                                     std::to_string(plan_.counts[i]) + " numbers, got " +
                                     std::to_string(call.weights[i].count));
-    if (call.workspace_bytes < layout_.total)
+    if (all_ > 0 && call.workspace_bytes < layout_.total)
       throw std::invalid_argument("coupling pass: workspace too small");
     for (const Step& step : plan_.steps) {
       const auto* c = std::get_if<Coupling>(&step);
