@@ -312,7 +312,7 @@ class Product {
 };
 
 template <Form kForm, class P, class S>
-__global__ void __launch_bounds__(kThreads) gemm_kernel(const __grid_constant__ Gemm call) {
+__global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Gemm call) {
   Product<kForm, P, S>(call).run();
 }
 
