@@ -124,7 +124,7 @@ class Product {
     if (kForm == Form::weight && call_.sums && column_ == 0 && threadIdx.x < S::kRows) {
       const int row = row_ + threadIdx.x;
       if (row < call_.m) {
-        float& to = call_.sums[part_ * call_.part_numbers + row];
+        float& to = call_.sums[part_ * call_.part_sums + row];
         to = call_.accumulate ? to + column_sum : column_sum;
       }
     }

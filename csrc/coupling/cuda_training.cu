@@ -211,6 +211,14 @@ struct Parts {
   }
 };
 
+// A first layer's gradient is split by images if they are long enough, and few: its parts' column
+// sums then are what the condition needs.
+bool split_by_image(const Dense& d, std::int64_t images, std::int64_t per_image) {
+  constexpr std::int64_t kLeast = 96, kMostNumbers = 4 << 20;
+  return d.cond_weight >= 0 && d.in > 0 && per_image >= kLeast &&
+         images * d.out * d.in <= kMostNumbers;
+}
+
 int pieces_of(std::int64_t rows) { return static_cast<int>((rows + kPieceRows - 1) / kPieceRows); }
 
 // How rows are taken in rounds, and what one round needs.
@@ -223,7 +231,7 @@ struct Layout {
 
   Layout(const Plan& plan, std::int64_t images_in_all, std::int64_t rows_of_image, Keep keep,
          bool gradient, std::int64_t scratch) {
-    const std::int64_t per_image = std::max<std::int64_t>(rows_of_image, 1);
+    const std::int64_t per_image = per_image_ = std::max<std::int64_t>(rows_of_image, 1);
     int widest = plan.dim;
     for (const Step& step : plan.steps) {
       if (const auto* l = std::get_if<Linear>(&step)) {
@@ -251,7 +259,10 @@ struct Layout {
     constexpr std::int64_t kLeast = 64, kMost = 16384, kEven = 128;
     const std::int64_t all = images_in_all * rows_of_image;
     rows = std::clamp(scratch / (row + image / per_image + 1), kLeast, kMost);
-    if (rows > kEven) rows = rows / kEven * kEven;
+    if (rows >= per_image && per_image > 1)
+      rows = rows / per_image * per_image;  // whole images
+    else if (rows > kEven)
+      rows = rows / kEven * kEven;
     rows = std::min(rows, all);
     images = std::min(images_in_all, (rows + per_image - 2) / per_image + 1);
     pieces = pieces_of(std::min(per_image, rows));
@@ -289,6 +300,7 @@ struct Layout {
         for (const Net& net : c->nets)
           for (const Dense& d : net.layers) {
             weight(d.out, d.in, rows);
+            if (split_by_image(d, images, per_image_)) most = std::max(most, images * d.out * d.in);
             if (d.cond_weight >= 0 || d.gate_weight >= 0) weight(d.out, plan.cond_dim, images);
           }
       } else {
@@ -297,6 +309,8 @@ struct Layout {
     }
     return most;
   }
+
+  std::int64_t per_image_;
 };
 
 // --- the launches ---
@@ -665,10 +679,17 @@ class Engine {
         check(launch_through(through, stream_));
       }
       if (!d.plain()) special_gradient(d, p, g, stride, pending);
-      weight_gradient({g, stride}, d.out, input_of(c, n, l), d.in, rows_, grad(d.weight),
-                      grad(d.bias), call_.precision);
-      if (d.cond_weight >= 0 && (grad(d.cond_weight) || grad_cond_))
-        cond_gradient(image_sums(d, g, stride, nullptr, nullptr), d, d.cond_weight, -1);
+      const bool needs_sums = d.cond_weight >= 0 && (grad(d.cond_weight) || grad_cond_);
+      if (needs_sums && grad(d.weight) && whole_images() &&
+          split_by_image(d, image_count_, call_.per_image)) {
+        const Operand sums = weight_gradient_by_image(d, {g, stride}, input_of(c, n, l));
+        cond_gradient(sums, d, d.cond_weight, d.bias);
+      } else {
+        weight_gradient({g, stride}, d.out, input_of(c, n, l), d.in, rows_, grad(d.weight),
+                        grad(d.bias), call_.precision);
+        if (needs_sums)
+          cond_gradient(image_sums(d, g, stride, nullptr, nullptr), d, d.cond_weight, -1);
+      }
       Gemm gemm{};
       gemm.a = {g, stride};
       gemm.b = {weight(d.weight), d.in};
@@ -766,10 +787,36 @@ class Engine {
     float* partial = at_workspace(layout_.at_partial);
     gemm.out = partial;
     gemm.sums = bias ? partial + numbers : nullptr;
-    gemm.part_numbers = numbers + (bias ? m : 0);
+    gemm.part_numbers = gemm.part_sums = numbers + (bias ? m : 0);
     product(Form::weight, gemm, precision);
     check(launch_reduce(
         {partial, 1, parts.count, gemm.part_numbers, numbers, weight, bias, accumulate_}, stream_));
+  }
+
+  bool whole_images() const {
+    return first_row_ % call_.per_image == 0 && rows_ % call_.per_image == 0;
+  }
+
+  // weight += a^T b, in parts of an image each; returns the column sums of a for each image.
+  Operand weight_gradient_by_image(const Dense& d, const Operand& a, const Operand& b) const {
+    Gemm gemm{};
+    gemm.a = a;
+    gemm.b = b;
+    gemm.m = d.out;
+    gemm.n = d.in;
+    gemm.k = rows_;
+    gemm.part = static_cast<int>(call_.per_image);
+    gemm.parts = image_count_;
+    gemm.out = at_workspace(layout_.at_partial);
+    gemm.out_stride = d.in;
+    gemm.part_numbers = std::int64_t{d.out} * d.in;
+    gemm.sums = at_workspace(layout_.at_image_grad);
+    gemm.part_sums = d.out;
+    product(Form::weight, gemm, call_.precision);
+    check(launch_reduce({gemm.out, 1, image_count_, gemm.part_numbers, gemm.part_numbers,
+                         grad(d.weight), nullptr, accumulate_},
+                        stream_));
+    return {gemm.sums, d.out};
   }
 
   void column_sums(const float* from, std::int64_t stride, const float* times,

@@ -148,9 +148,9 @@ struct Gemm {
   const float* derivative = nullptr;
   int activation = -1;
   float slope = 0;
-  // weight: column sums of a, or null; the parts of both are this far apart
+  // weight: column sums of a, or null; how far the parts of both are apart
   float* sums = nullptr;
-  std::int64_t part_numbers = 0;
+  std::int64_t part_numbers = 0, part_sums = 0;
   // chosen at the launch
   bool a_wide = false, b_wide = false, pairs = false;
 };

@@ -226,6 +226,7 @@ def test_linear_steps(training: Path, tmp_path: Path, store: bool) -> None:
         (1, 17, 6, 0, 140),
         (2, 300, 2, 4, 50),  # sums over an image in several pieces
         (2, 5, 64, 8, 132),  # copies of 16 bytes
+        (3, 100, 4, 3, 10),  # weights' gradients are split by images
     ],
 )
 def test_shapes(
@@ -264,7 +265,7 @@ def test_store(training: Path, tmp_path: Path) -> None:
         check(training, tmp_path, case, store=True)
 
 
-@pytest.mark.parametrize("samples", [1, 31, 100])
+@pytest.mark.parametrize("samples", [1, 31, 75])
 @pytest.mark.parametrize("store", [False, True])
 def test_rounds_of_rows(training: Path, tmp_path: Path, samples: int, store: bool) -> None:
     """Where the workspace is too small for all rows, they go in rounds of 64 here, which begin and
