@@ -205,7 +205,7 @@ struct Parts {
     constexpr std::int64_t kBlocks = 256, kLeast = 256;  // rows of a part
     const std::int64_t tiles = (m + 63) / 64 * ((n + 127) / 128);
     most = std::clamp(kBlocks / std::max<std::int64_t>(tiles, 1), std::int64_t{1},
-                      (k + kLeast - 1) / kLeast + 1);
+                      std::max<std::int64_t>((k + kLeast - 1) / kLeast, 1));
     length = static_cast<int>(((k + most - 1) / most + 15) / 16 * 16);
     count = length > 0 ? static_cast<int>((k + length - 1) / length) : 1;
   }

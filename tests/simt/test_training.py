@@ -265,15 +265,17 @@ def test_store(training: Path, tmp_path: Path) -> None:
         check(training, tmp_path, case, store=True)
 
 
-@pytest.mark.parametrize("samples", [1, 31, 75])
+@pytest.mark.parametrize(("samples", "scratch"), [(1, 0), (31, 0), (75, 0), (100, 90_000)])
 @pytest.mark.parametrize("store", [False, True])
-def test_rounds_of_rows(training: Path, tmp_path: Path, samples: int, store: bool) -> None:
-    """Where the workspace is too small for all rows, they go in rounds of 64 here, which begin and
-    end within images."""
+def test_rounds_of_rows(
+    training: Path, tmp_path: Path, samples: int, scratch: int, store: bool
+) -> None:
+    """Where the workspace is too small for all rows, they go in rounds: of 64, which begin and end
+    within images, or of whole images."""
     make = Random(6, 3, seed=11)
     layers: list[Layer] = [make.linear(), make.coupling(gate=True, hidden=5), make.diagonal()]
-    case = Case(layers, make.order(), *random_inputs(150 // samples, samples, 6, 3))
-    check(training, tmp_path, case, scratch=0, store=store, keep_every=2)
+    case = Case(layers, make.order(), *random_inputs(-(-150 // samples), samples, 6, 3))
+    check(training, tmp_path, case, scratch=scratch // (1 + store), store=store, keep_every=2)
 
 
 def test_wanted(training: Path, tmp_path: Path) -> None:
