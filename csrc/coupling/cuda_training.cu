@@ -681,7 +681,7 @@ class Engine {
       if (!d.plain()) special_gradient(d, p, g, stride, pending);
       const bool needs_sums = d.cond_weight >= 0 && (grad(d.cond_weight) || grad_cond_);
       if (needs_sums && grad(d.weight) && whole_images() &&
-          split_by_image(d, image_count_, call_.per_image)) {
+          split_by_image(d, layout_.images, call_.per_image)) {
         const Operand sums = weight_gradient_by_image(d, {g, stride}, input_of(c, n, l));
         cond_gradient(sums, d, d.cond_weight, d.bias);
       } else {
