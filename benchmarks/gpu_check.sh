@@ -47,7 +47,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer is not on PATH: left out"
 fi
-for name in coupling_cuda estimator gaussian_fit heatmaps mmd; do
+for name in coupling_cuda coupling_training_cuda estimator gaussian_fit heatmaps mmd; do
   step "benchmark $name" 90 python "benchmarks/bench_$name.py" --json "$measured/$name.json"
 done
 step "summary" 30 python benchmarks/gpu_summary.py "$measured" "$result"

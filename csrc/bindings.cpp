@@ -18,6 +18,7 @@
 #include "common/thread_pool.h"
 #include "coupling/coupling.h"
 #include "coupling/cuda.h"
+#include "coupling/cuda_training.h"
 #include "coupling/training.h"
 #include "gaussian_fit/gaussian_fit.h"
 #include "heatmaps/heatmaps.h"
@@ -195,6 +196,96 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
        pointer<const std::int64_t>(counter), pointer<const float>(fixed), fixed_dims, include_mode},
       device, pointer<void>(stream));
 }
+
+// --- coupling on CUDA, in training ---
+
+namespace training = coupling::cuda::training;
+
+const training::Plan& parsed_training(const std::vector<std::int64_t>& numbers) {
+  thread_local std::vector<std::int64_t> before;
+  thread_local training::Plan plan;
+  if (numbers != before) {
+    before.clear();  // stays empty if parsing throws
+    plan = training::parse_plan(numbers);
+    before = numbers;
+  }
+  return plan;
+}
+
+std::int64_t coupling_cuda_saved_width(const std::vector<std::int64_t>& plan, int keep_every,
+                                       bool store) {
+  return training::saved_width(parsed_training(plan), {keep_every, store});
+}
+
+std::int64_t coupling_cuda_pass_workspace(const std::vector<std::int64_t>& plan,
+                                          std::int64_t images, std::int64_t per_image,
+                                          int keep_every, bool store, bool gradient,
+                                          std::int64_t scratch) {
+  return training::workspace_bytes(parsed_training(plan), images, per_image, {keep_every, store},
+                                   gradient, scratch);
+}
+
+// weights: address and count of each tensor, in the order of the plan.
+using Weights = std::vector<std::pair<Address, std::int64_t>>;
+
+// What a pass and its gradient have in common.
+struct TrainingCall {
+  std::vector<training::Weight> weights;
+  training::Call call;
+
+  TrainingCall(const std::vector<std::int64_t>& plan, const Weights& tensors, bool inverse,
+               std::int64_t images, std::int64_t per_image, Address cond, int keep_every,
+               bool store, int precision, Address workspace, std::int64_t workspace_bytes,
+               std::int64_t scratch) {
+    for (const auto& [address, count] : tensors)
+      weights.push_back({pointer<const float>(address), count});
+    call = {&parsed_training(plan),
+            weights,
+            inverse,
+            images,
+            per_image,
+            pointer<const float>(cond),
+            {keep_every, store},
+            static_cast<coupling::cuda::Precision>(precision),
+            pointer<std::byte>(workspace),
+            workspace_bytes,
+            scratch};
+  }
+};
+
+void coupling_cuda_pass(const std::vector<std::int64_t>& plan, const Weights& weights, bool inverse,
+                        std::int64_t images, std::int64_t per_image, Address cond, int keep_every,
+                        bool store, int precision, Address workspace, std::int64_t workspace_bytes,
+                        std::int64_t scratch, Address input, Address output, Address log_det,
+                        Address saved, int device, Address stream) {
+  py::gil_scoped_release release;
+  const TrainingCall given(plan, weights, inverse, images, per_image, cond, keep_every, store,
+                           precision, workspace, workspace_bytes, scratch);
+  training::run(given.call,
+                training::Pass{pointer<const float>(input), pointer<float>(output),
+                               pointer<float>(log_det), pointer<float>(saved)},
+                device, pointer<void>(stream));
+}
+
+void coupling_cuda_pass_gradient(const std::vector<std::int64_t>& plan, const Weights& weights,
+                                 bool inverse, std::int64_t images, std::int64_t per_image,
+                                 Address cond, int keep_every, bool store, int precision,
+                                 Address workspace, std::int64_t workspace_bytes,
+                                 std::int64_t scratch, Address output, Address saved,
+                                 Address grad_output, Address grad_log_det, Address grad_input,
+                                 Address grad_cond, Address grad_weights,
+                                 const std::vector<bool>& wanted, int device, Address stream) {
+  py::gil_scoped_release release;
+  const TrainingCall given(plan, weights, inverse, images, per_image, cond, keep_every, store,
+                           precision, workspace, workspace_bytes, scratch);
+  const std::vector<std::uint8_t> flags(wanted.begin(), wanted.end());
+  training::run(given.call,
+                training::Gradient{pointer<const float>(output), pointer<const float>(saved),
+                                   pointer<const float>(grad_output),
+                                   pointer<const float>(grad_log_det), pointer<float>(grad_input),
+                                   pointer<float>(grad_cond), pointer<float>(grad_weights), flags},
+                device, pointer<void>(stream));
+}
 #endif
 
 // --- gaussian_fit ---
@@ -367,6 +458,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("coupling_cuda_fits", &coupling_cuda_fits);
   m.def("coupling_cuda_workspace", &coupling_cuda_workspace);
   m.def("coupling_cuda_run", &coupling_cuda_run);
+  m.def("coupling_cuda_saved_width", &coupling_cuda_saved_width);
+  m.def("coupling_cuda_pass_workspace", &coupling_cuda_pass_workspace);
+  m.def("coupling_cuda_pass", &coupling_cuda_pass);
+  m.def("coupling_cuda_pass_gradient", &coupling_cuda_pass_gradient);
 #endif
   m.def("gaussian_fit_run", &gaussian_fit_run);
   m.def("heatmaps_sample", &heatmaps_sample);

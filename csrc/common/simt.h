@@ -39,6 +39,17 @@ __device__ __forceinline__ void cp_async16(void* shared, const void* global, boo
 #endif
 }
 
+// The same for 4 bytes, at multiples of 4.
+__device__ __forceinline__ void cp_async4(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)),
+               "l"(__cvta_generic_to_global(global)), "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  *static_cast<std::uint32_t*>(shared) = valid ? *static_cast<const std::uint32_t*>(global) : 0u;
+#endif
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void cp_async_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -169,7 +169,7 @@ struct Call {
   const void* fixed = nullptr;  // (B, F): the last F latent dims of every row of an image
   int fixed_dims = 0;
   bool include_mode = false;  // hypothesis 0 has zero noise
-  // Keeping states: of each row before steps keep_every, 2 keep_every, ... of the pass, one after
+  // Keeping states: of each row before steps 0, keep_every, ... of the pass, one after
   // the other at states + row * states_ld.
   int keep_every = 0;
   void* states = nullptr;

@@ -150,7 +150,7 @@ class FlowRows {
       const Step& step = flow_.steps[call_.inverse ? count - 1 - i : i];
       const std::vector<int>& move = call_.inverse ? step.from_after : step.from_before;
       if (!move.empty()) reorder(move, rows);
-      if (call_.states && i > 0 && i % call_.keep_every == 0) keep_state(first, rows, i);
+      if (call_.states && i % call_.keep_every == 0) keep_state(first, rows, i);
       const auto* coupling = std::get_if<Coupling>(&step.what);
       for (int r = 0; r < rows; r += kTile) {
         const int tile = std::min(kTile, rows - r);
@@ -169,7 +169,7 @@ class FlowRows {
     for (int r = 0; r < rows; ++r)
       std::copy_n(state_ + static_cast<std::ptrdiff_t>(r) * dim, dim,
                   static_cast<S*>(call_.states) + (first + r) * call_.states_ld +
-                      (step / call_.keep_every - 1) * static_cast<std::int64_t>(dim));
+                      step / call_.keep_every * static_cast<std::int64_t>(dim));
   }
 
   void reorder(const std::vector<int>& move, int rows) {

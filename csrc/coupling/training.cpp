@@ -53,7 +53,7 @@ class Memory {
 
 std::int64_t states(const Flow& flow, Keep keep) {
   const auto steps = static_cast<std::int64_t>(flow.steps.size());
-  return keep.every > 0 && steps > 0 ? (steps - 1) / keep.every : 0;
+  return keep.every > 0 ? (steps + keep.every - 1) / keep.every : 0;
 }
 
 // How the steps of a flow are trained; in the order of the flow.
@@ -505,8 +505,8 @@ class Forward : Walk<T> {
       job.save = saved;
       job.saved_width = saved_width;
       job.store = true;
-      if (keep.every > 0 && i > 0 && i % keep.every == 0)
-        job.state_at = (i / keep.every - 1) * std::int64_t(flow.dim);
+      if (keep.every > 0 && i % keep.every == 0)
+        job.state_at = i / keep.every * std::int64_t(flow.dim);
       const auto hoists = this->hoists(*job.plan);
       for (const auto& chunk : this->rows_.chunks) {
         this->enter(job, chunk);
@@ -576,8 +576,8 @@ class Backward : Walk<T> {
           g_.grad_cond &&
           this->rows_.chunks.back().first_image + this->rows_.chunks.back().images != g_.images;
       job.grad_weights = g_.grad_weights;
-      if (g_.keep.every > 0 && i > 0 && i % g_.keep.every == 0)
-        job.state_at = (i / g_.keep.every - 1) * std::int64_t(flow.dim);
+      if (g_.keep.every > 0 && i % g_.keep.every == 0)
+        job.state_at = i / g_.keep.every * std::int64_t(flow.dim);
       step_backward(job);
     }
     this->store(grad_, undo ? flow.first_slot : flow.last_latent, static_cast<T*>(g_.grad_input));

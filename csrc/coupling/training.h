@@ -12,7 +12,7 @@
 
 namespace fasthyp::coupling {
 
-// What a pass keeps of each row: with keep_every = k > 0 the state before its steps k, 2k, ...;
+// What a pass keeps of each row: with keep_every = k > 0 the state before its steps 0, k, 2k, ...;
 // with store also the hidden layers and outputs of all subnets.
 struct Keep {
   int every;

@@ -200,6 +200,7 @@ T* cluster_peer(T* shared, int rank) {
   return static_cast<T*>(cluster_peer_address(shared, rank));
 }
 void cp_async16(void* shared, const void* global, bool valid);
+void cp_async4(void* shared, const void* global, bool valid);
 void cp_async_commit();
 void cp_async_wait_groups(int left);
 template <int N>

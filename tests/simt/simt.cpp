@@ -97,6 +97,7 @@ enum class State { ready, at_barrier, at_cluster_barrier, in_exchange, done };
 
 struct AsyncCopy {
   void* to;
+  std::size_t size;
   std::array<char, 16> data;
 };
 
@@ -468,16 +469,24 @@ void* cluster_peer_address(void* address, int rank) {
   return blocks[rank].shared.get() + (static_cast<char*>(address) - own_block().shared.get());
 }
 
+template <std::size_t kSize>
+void copy_later(void* to, const void* from, bool valid) {
+  if (!is_shared(to)) fail("cp.async to an address that is not in shared memory");
+  AsyncCopy copy{to, kSize, {}};
+  if (valid) std::memcpy(copy.data.data(), from, kSize);
+  std::memset(to, 0xff, kSize);
+  current->copies.back().push_back(copy);
+}
 void cp_async16(void* to, const void* from, bool valid) {
   check_row(to, "cp.async to an address that is not aligned to 16 bytes");
-  if (!is_shared(to)) fail("cp.async to an address that is not in shared memory");
-  AsyncCopy copy{to, {}};
-  if (valid) {
-    check_row(from, "cp.async from an address that is not aligned to 16 bytes");
-    std::memcpy(copy.data.data(), from, 16);
-  }
-  std::memset(to, 0xff, 16);
-  current->copies.back().push_back(copy);
+  if (valid) check_row(from, "cp.async from an address that is not aligned to 16 bytes");
+  copy_later<16>(to, from, valid);
+}
+void cp_async4(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<std::uintptr_t>(to) % 4 ||
+      (valid && reinterpret_cast<std::uintptr_t>(from) % 4))
+    fail("cp.async of 4 bytes at an address that is not a multiple of 4");
+  copy_later<4>(to, from, valid);
 }
 
 void cp_async_commit() { current->copies.emplace_back(); }
@@ -485,7 +494,7 @@ void cp_async_commit() { current->copies.emplace_back(); }
 void cp_async_wait_groups(int left) {
   auto& groups = current->copies;
   for (; static_cast<int>(groups.size()) - 1 > left; groups.pop_front())
-    for (const AsyncCopy& copy : groups.front()) std::memcpy(copy.to, copy.data.data(), 16);
+    for (const AsyncCopy& copy : groups.front()) std::memcpy(copy.to, copy.data.data(), copy.size);
 }
 
 void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
