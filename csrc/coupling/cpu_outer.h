@@ -73,20 +73,23 @@ void outer_columns(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdi
 template <class T>
 void outer(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb, int n, int rows,
            T* c, std::ptrdiff_t ldc, bool add) {
-  constexpr int W = kLanes<T>;
-  int left = (n + W - 1) / W;
-  while (left > 0) {
-    // Pairs and threes fill the registers; one vector alone only if there is just one.
-    const int take = left == 1 || left == 2 ? left : (left == 4 || left % 3 == 2) ? 2 : 3;
-    if (take == 1)
-      outer_columns<T, 1>(a, lda, m, b, ldb, rows, c, ldc, add);
-    else if (take == 2)
-      outer_columns<T, 2>(a, lda, m, b, ldb, rows, c, ldc, add);
-    else
-      outer_columns<T, 3>(a, lda, m, b, ldb, rows, c, ldc, add);
-    left -= take;
-    b += take * W;
-    c += take * W;
+  constexpr int W = kLanes<T>, kColumns = 48;  // of a, which stay in the cache for all of b
+  const int vectors = (n + W - 1) / W;
+  for (int i = 0; i < m; i += kColumns) {
+    const int columns = std::min(kColumns, m - i);
+    for (int j = 0, take; j < vectors; j += take) {
+      const int left = vectors - j;
+      // Pairs and threes fill the registers; one vector alone only if there is just one.
+      take = left <= 2 ? left : left == 4 || left % 3 == 2 ? 2 : 3;
+      const T *x = a + i, *y = b + j * W;
+      T* to = c + i * ldc + j * W;
+      if (take == 1)
+        outer_columns<T, 1>(x, lda, columns, y, ldb, rows, to, ldc, add);
+      else if (take == 2)
+        outer_columns<T, 2>(x, lda, columns, y, ldb, rows, to, ldc, add);
+      else
+        outer_columns<T, 3>(x, lda, columns, y, ldb, rows, to, ldc, add);
+    }
   }
 }
 

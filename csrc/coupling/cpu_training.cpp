@@ -28,7 +28,7 @@ using coupling::StepPlan;
 using coupling::Sums;
 using coupling::Target;
 
-constexpr int kPass = 2 * kTile;  // rows per tile: gradients are read and written once for each
+constexpr int kPass = 2 * kTile;  // rows per tile, at most
 
 template <class T>
 FASTHYP_INLINE IntVec<T> valid_lanes(int left) {
@@ -186,6 +186,10 @@ class StepRows {
         if (net.layers.size() > 2) return true;
       return false;
     }();
+    // Each tile reads and writes the sums of all weight gradients: seldom if they are many.
+    constexpr std::int64_t kCachedBytes = std::int64_t(1) << 20;
+    pass_ =
+        plan_.slab_numbers * static_cast<std::int64_t>(sizeof(S)) > kCachedBytes ? kPass : kTile;
     ldr_ = ld(std::max(plan_.record, plan_.raw_width));
     ldw_ = ld(plan_.raw_width);
     ldi_ = deep ? ld(plan_.inner) : 0;
@@ -260,7 +264,7 @@ class StepRows {
   }
 
  private:
-  static constexpr int kChunkUnits = 128;
+  static constexpr int kChunkUnits = 96;
 
   std::int64_t caller_row(int r) const { return job_.order ? job_.order[first_ + r] : first_ + r; }
 
@@ -268,8 +272,8 @@ class StepRows {
   void each_tile(std::int64_t slab, F&& f) {
     const std::int64_t begin = job_.first + slab * job_.slab_rows;
     const std::int64_t end = std::min(begin + job_.slab_rows, job_.first + job_.rows);
-    for (first_ = begin; first_ < end; first_ += kPass) {
-      rows_ = static_cast<int>(std::min<std::int64_t>(kPass, end - first_));
+    for (first_ = begin; first_ < end; first_ += pass_) {
+      rows_ = static_cast<int>(std::min<std::int64_t>(pass_, end - first_));
       state_ = static_cast<S*>(job_.state) + first_ * dim_;
       grad_ = static_cast<S*>(job_.grad) + first_ * dim_;
       if (plan_.hoisted_width > 0)
@@ -534,13 +538,19 @@ class StepRows {
     const Dense& dense = layer.dense;
     if (dense.plain()) {
       if (dense.activate) {
-        const S* with = record_ + k + (layer.slope >= 0 ? layer.slope : layer.out);
-        for (int r = 0; r < rows_; ++r)
-          for (int n = 0; n < columns; n += kLanes<S>) {
-            const Vec<S> v = load<S>(g + r * ldg + n), w = load<S>(with + r * ldr_ + n);
-            store<S>(g + r * ldg + n,
-                     layer.slope >= 0 ? v * w : select<S>(w <= splat<S>(0), splat<S>(0), v));
-          }
+        const bool relu = layer.slope < 0;
+        const S* with = record_ + k + (relu ? layer.out : layer.slope);
+        for (int r = 0; r < rows_; ++r) {
+          S* v = g + r * ldg;
+          const S* w = with + r * ldr_;
+          if (relu)
+            for (int n = 0; n < columns; n += kLanes<S>)
+              store<S>(v + n,
+                       select<S>(load<S>(w + n) <= splat<S>(0), splat<S>(0), load<S>(v + n)));
+          else
+            for (int n = 0; n < columns; n += kLanes<S>)
+              store<S>(v + n, load<S>(v + n) * load<S>(w + n));
+        }
       }
     } else {
       unfold(layer, k, columns, g, ldg);
@@ -643,12 +653,21 @@ class StepRows {
 
   void add_segments(std::int64_t at, int columns, const S* g, std::ptrdiff_t ldg) {
     each_run([&](int first, int end, S* segment) {
-      for (int n = 0; n < columns; n += kLanes<S>) {
-        Vec<S> sum = splat<S>(0);
-        for (int r = first; r < end; ++r) sum = sum + load<S>(g + r * ldg + n);
-        store<S>(segment + at + n, load<S>(segment + at + n) + sum);
-      }
+      int n = 0;
+      for (; n + 4 * kLanes<S> <= columns; n += 4 * kLanes<S>)
+        add_run<4>(g + n, ldg, first, end, segment + at + n);
+      for (; n < columns; n += kLanes<S>) add_run<1>(g + n, ldg, first, end, segment + at + n);
     });
+  }
+  // Several sums at a time do not wait for each other's additions.
+  template <int N>
+  static FASTHYP_INLINE void add_run(const S* g, std::ptrdiff_t ldg, int first, int end, S* to) {
+    Vec<S> sum[N] = {};
+    for (int r = first; r < end; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) sum[i] = sum[i] + load<S>(g + r * ldg + i * kLanes<S>);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) store<S>(to + i * kLanes<S>, load<S>(to + i * kLanes<S>) + sum[i]);
   }
 
   void clear_segments(std::int64_t slab) {
@@ -717,6 +736,7 @@ class StepRows {
   const StepPlan& plan_;
   const Flow& flow_;
   const int dim_;
+  int pass_;  // rows per tile
   std::ptrdiff_t ldr_, ldw_, ldi_, ldk_, ldx_, ldp_, ldc_, ldg_, ldt_;
   S *record_, *graw_, *inner_[2], *gkept_, *gx_, *partial_, *chunk_, *gcond_, *gates_, *row_;
   const S** hoisted_;
