@@ -37,6 +37,43 @@ def coupling_run(
     fixed_dims: int,
     include_mode: bool,
 ) -> None: ...
+def coupling_saved_width(plan: Sequence[int], keep_every: int, store: bool) -> int: ...
+def coupling_pass(
+    plan: Sequence[int],
+    packed: int,
+    packed_bytes: int,
+    inverse: bool,
+    images: int,
+    per_image: int,
+    x: int,
+    cond: int,
+    out: int,
+    log_det: int,
+    saved: int,
+    keep_every: int,
+    store: bool,
+    threads: int,
+) -> None: ...
+def coupling_backward(
+    plan: Sequence[int],
+    packed: int,
+    packed_bytes: int,
+    inverse: bool,
+    images: int,
+    per_image: int,
+    out: int,
+    saved: int,
+    keep_every: int,
+    store: bool,
+    cond: int,
+    grad_out: int,
+    grad_log_det: int,
+    grad_x: int,
+    grad_cond: int,
+    grad_weights: int,
+    wanted: Sequence[bool],
+    threads: int,
+) -> None: ...
 def coupling_affine(
     state: int,
     rows: int,

@@ -274,7 +274,7 @@ def test_saved_width() -> None:
     layers, index = random_layers(48, 56, count=8)
     plan = Flow(layers, index, 48, 56).plan
     widths = [_C.coupling_saved_width(plan, every, False) for every in (0, 1, 2, 3, 7, 8)]
-    assert widths == [48 * states for states in (0, 7, 3, 2, 1, 0)]
+    assert widths == [48 * states for states in (0, 8, 4, 3, 2, 1)]
     assert _C.coupling_saved_width(plan, 0, True) > 0
     with pytest.raises(ValueError, match="keep_every"):
         _C.coupling_saved_width(plan, -1, False)
@@ -493,3 +493,44 @@ def test_wanted_of_the_wrong_length() -> None:
             *(flow.plan, packed.data_ptr(), packed.numel(), False, 3, 5, p, p, 0, False, 0, p, 0),
             *(x.clone().data_ptr(), 0, x.clone().data_ptr(), [], 1),
         )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 3, 5)}, TypeError, "x: expected dtype torch.float64"),
+        ({"x": normal(2, 3, 4)}, ValueError, r"x: expected shape \(B, M, 5\), got \(2, 3, 4\)"),
+        ({"cond": None}, ValueError, r"cond: expected shape \(2, 3\), got None"),
+        ({"cond": normal(3, 3)}, ValueError, r"cond: expected shape \(2, 3\)"),
+        ({"keep_every": -1}, ValueError, "keep_every: expected >= 0, got -1"),
+        ({"precision": "low"}, ValueError, "precision: expected one of highest"),
+        ({"packed": torch.zeros(8)}, ValueError, "packed: expected a contiguous"),
+        ({"grad_out": normal(2, 3, 4)}, ValueError, r"grad_out: expected shape \(2, 3, 5\)"),
+        ({"grad_log_det": normal(2, 4)}, ValueError, r"grad_log_det: expected shape \(2, 3\)"),
+        ({"saved": normal(2, 3, 4)}, ValueError, r"saved: expected shape \(2, 3, 20\)"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type, message: str) -> None:
+    flow = Flow(*random_layers(5, 3), 5, 3)
+    given = {
+        "x": normal(2, 3, 5),
+        "cond": normal(2, 3),
+        "weights": flow.weights,
+        "packed": None,
+        "plan": flow.plan,
+        "inverse": False,
+        "keep_every": 1,
+        "store": False,
+        "precision": "highest",
+    }
+    gradient = change.keys() & {"grad_out", "grad_log_det", "saved"}
+    if not gradient:
+        with pytest.raises(error, match=message):
+            coupling_pass(**{**given, **change})
+        return
+    out, log_det, saved = coupling_pass(**given)
+    given |= {"out": out, "saved": saved, "grad_out": out, "grad_log_det": log_det}
+    given["wanted"] = [True] * (len(flow.weights) + 1)
+    del given["x"]
+    with pytest.raises(error, match=message):
+        coupling_pass_backward(**{**given, **change})

@@ -118,7 +118,7 @@ def test_what_is_saved() -> None:
     layers, index = random_layers(9, 4, count=7)
     plan = Flow.of(layers, index, 9, 4).plan
     widths = [ops.coupling_saved_width(plan, every, False) for every in (0, 1, 2, 3, 7)]
-    assert widths == [0, 6 * 12, 3 * 12, 2 * 12, 0]
+    assert widths == [0, 7 * 12, 4 * 12, 3 * 12, 12]
     assert ops.coupling_saved_width(plan, 0, True) > 7 * (12 + 24)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fasthyp import _C
-from fasthyp.ops._coupling_checks import check_cond
+from fasthyp.ops._coupling_checks import check_gradient, check_pass
 from fasthyp.ops._library import address, contiguous, current_stream
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,7 @@ def run(
     store: bool,
     precision: str,
 ) -> Outputs:
-    _check(x, cond, weights, plan)
+    check_pass(x, cond, weights, plan, keep_every, precision)
     out, log_det = (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         x.new_empty(x.shape[:2]),
@@ -71,8 +71,9 @@ def backward(
     precision: str,
     wanted: list[bool],
 ) -> Outputs:
-    _check(out, cond, weights, plan)
-    _check_rest(out, saved, grad_out, grad_log_det, coupling_saved_width(plan, keep_every, store))
+    check_pass(out, cond, weights, plan, keep_every, precision, "out")
+    width = coupling_saved_width(plan, keep_every, store)
+    check_gradient(out, saved, grad_out, grad_log_det, width, weights, wanted)
     numbers = sum(w.numel() for w, want in zip(weights, wanted[1:], strict=True) if want)
     grad_cond = out.new_empty(cond.shape if cond is not None and wanted[0] else (0,))
     grad_x, grad_weights = out.new_empty(out.shape), out.new_empty(numbers)
@@ -119,43 +120,3 @@ class _Call:
         )
         device = x.device.index
         self.place = device, current_stream(device)
-
-
-def _check(x: Tensor, cond: Tensor | None, weights: Sequence[Tensor], plan: list[int]) -> None:
-    dim, cond_dim, element = plan[:3]
-    if element != 0 or x.dtype != torch.float32:
-        raise TypeError(f"x: expected dtype {torch.float32}, got {x.dtype}")
-    if x.dim() != 3 or x.shape[2] != dim:
-        raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
-    check_cond(cond, x.shape[0], cond_dim, torch.float32)
-    _check_device("cond", cond, x)
-    for i, weight in enumerate(weights):
-        if weight.dtype != torch.float32:
-            raise TypeError(f"weights[{i}]: expected dtype {torch.float32}, got {weight.dtype}")
-        _check_device(f"weights[{i}]", weight, x)
-
-
-def _check_rest(
-    out: Tensor, saved: Tensor, grad_out: Tensor, grad_log_det: Tensor | None, width: int
-) -> None:
-    shapes = {
-        "saved": (*out.shape[:2], width),
-        "grad_out": out.shape,
-        "grad_log_det": out.shape[:2],
-    }
-    tensors = {"saved": saved, "grad_out": grad_out, "grad_log_det": grad_log_det}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name}: expected dtype {torch.float32}, got {tensor.dtype}")
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise ValueError(
-                f"{name}: expected shape {tuple(shapes[name])}, got {tuple(tensor.shape)}"
-            )
-        _check_device(name, tensor, out)
-
-
-def _check_device(name: str, tensor: Tensor | None, x: Tensor) -> None:
-    if tensor is not None and tensor.device != x.device:
-        raise ValueError(f"{name}: is on {tensor.device}, x is on {x.device}")

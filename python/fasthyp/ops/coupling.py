@@ -20,7 +20,7 @@ from torch import Tensor
 from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_cuda
-from fasthyp.ops._coupling_checks import check_cond, check_sample
+from fasthyp.ops._coupling_checks import check_cond, check_packed, check_sample
 from fasthyp.ops._coupling_plan import describe
 from fasthyp.ops._coupling_steps import CLAMPS, FoldedStep, fold
 from fasthyp.ops._library import address, contiguous, define, signed
@@ -186,8 +186,7 @@ def _check(
     """Everything the kernel takes on trust."""
     if plan.dtype != torch.int64 or plan.dim() != 1 or not plan.is_contiguous() or len(plan) < 5:
         raise ValueError("plan: expected a contiguous one-dimensional int64 tensor")
-    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.data_ptr() % 64:
-        raise ValueError("packed: expected a contiguous, 64-byte aligned uint8 tensor")
+    check_packed(packed)
     expected = torch.float64 if int(plan[2]) == 1 else torch.float32
     if dtype != expected:
         raise TypeError(f"x: expected dtype {expected}, as the flow, got {dtype}")

@@ -1,11 +1,14 @@
 """Whole coupling flows as one differentiable op per direction.
 
 Forward, the op is the fused flow of :mod:`fasthyp.ops.coupling`. Backward, it walks the steps from
-the output: each step's input is reconstructed by the step's own inverse, its hidden layers are
-computed again tile by tile, and gradients of input, condition and weights come out of the same
-sweep, so memory does not grow with the number of steps. What a pass keeps for that is up to the
-engine: nothing; the states before every ``keep_every``-th step, so that rounding does not build up
-over many reconstructions; or the hidden layers as well (``store``), which are then not recomputed.
+the output: hidden layers are computed again tile by tile, and gradients of input, condition and
+weights come out of the same sweep. What a pass keeps for that: the state, D numbers per row, before
+every ``keep_every``-th step (states between them are reconstructed by the steps' own inverses; 0:
+none is kept), and with ``store`` the hidden layers as well, which are then not computed again.
+
+Reconstruction alone would do, but float32 cannot afford it: a step that scales by exp(-s) is undone
+with errors exp(s) times as large, and eight couplings of clamp 5 lose all digits. A state per block
+costs a small part of what one block's hidden layers would.
 
 The gradient of a pass flows to the *folded* weights (:func:`~fasthyp.ops._coupling_steps.fold`),
 and through the folding, which is plain PyTorch, to the parameters of the modules. Log-determinants
@@ -24,15 +27,16 @@ from torch import Tensor
 from fasthyp import _C
 from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_training_cuda as cuda
-from fasthyp.ops._coupling_checks import check_cond
+from fasthyp.ops._coupling_checks import check_gradient, check_packed, check_pass
 from fasthyp.ops._coupling_plan import describe, parse, step_tensors
 from fasthyp.ops._coupling_steps import FoldedLinear, fold, run_folded
 from fasthyp.ops._library import LIBRARY, address, contiguous
 from fasthyp.reference.coupling import Layer
 
 CHECKPOINTS = ("reversible", "store")
-KEEP_EVERY = 16
-"""Steps between kept states, unless hidden layers are kept."""
+KEEP_EVERY = 2
+"""Couplings per kept state: the two halves of a block, of which the second changes nothing that the
+first one's gradient needs."""
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -47,8 +51,9 @@ class TrainableFlow:
         layers, output_index, dim, cond_dim, dtype, device: as of
             :class:`~fasthyp.ops.coupling.PackedFlow`.
         precision: ``"highest"``; on CUDA also ``"high"``, which ``"medium"`` stands for too.
-        checkpoint: ``"reversible"`` keeps a state every ``KEEP_EVERY`` steps, ``"store"`` keeps
-            the hidden layers.
+        checkpoint: ``"reversible"`` keeps a state every ``KEEP_EVERY`` steps (every step in flows
+            with linear ones, whose stored inverses need not be exact), ``"store"`` the hidden
+            layers too.
 
     Raises:
         UnsupportedOnCuda: the CUDA kernels do not run such a flow.
@@ -79,7 +84,7 @@ class TrainableFlow:
             )
             self.packed = pack(_as(weights, dtype), self.plan) if on_cpu else None
         linear = any(isinstance(step, FoldedLinear) for step in steps)
-        self.keep_every = 1 if linear else 2
+        self.keep_every = 1 if linear else KEEP_EVERY
         if not on_cpu:
             cuda.coupling_saved_width(self.plan, self.keep_every, self.store)
 
@@ -126,7 +131,7 @@ def _run_cpu(
     store: bool,
     precision: str,
 ) -> Outputs:
-    _check(x, cond, weights, plan)
+    check_pass(x, cond, weights, plan, keep_every, precision)
     out, log_det, saved = _allocate(x, plan, keep_every, store)
     packed = _packed(packed, weights, plan)
     x, cond = x.contiguous(), contiguous(cond)
@@ -153,6 +158,9 @@ def _backward_cpu(
     precision: str,
     wanted: list[bool],
 ) -> Outputs:
+    check_pass(out, cond, weights, plan, keep_every, precision, "out")
+    width = _C.coupling_saved_width(plan, keep_every, store)
+    check_gradient(out, saved, grad_out, grad_log_det, width, weights, wanted)
     grads = grad_x, grad_cond, grad_weights = _allocate_grads(out, cond, weights, wanted)
     packed = _packed(packed, weights, plan)
     out, saved, grad_out = out.contiguous(), saved.contiguous(), grad_out.contiguous()
@@ -181,22 +189,10 @@ def pack(weights: Sequence[Tensor], plan: Sequence[int]) -> Tensor:
 
 
 def _packed(packed: Tensor | None, weights: list[Tensor], plan: list[int]) -> Tensor:
-    return pack(weights, plan) if packed is None else packed
-
-
-def _check(x: Tensor, cond: Tensor | None, weights: list[Tensor], plan: list[int]) -> None:
-    dim, cond_dim, element = plan[:3]
-    dtype = torch.float64 if element == 1 else torch.float32
-    if x.dtype != dtype:
-        raise TypeError(f"x: expected dtype {dtype}, as the flow, got {x.dtype}")
-    if x.dim() != 3 or x.shape[2] != dim:
-        raise ValueError(f"x: expected shape (B, M, {dim}), got {tuple(x.shape)}")
-    check_cond(cond, x.shape[0], cond_dim, dtype)
-    for i, weight in enumerate(weights):
-        if weight.dtype != dtype:
-            raise TypeError(f"weights[{i}]: expected dtype {dtype}, as x, got {weight.dtype}")
-        if weight.device != x.device:
-            raise ValueError(f"weights[{i}]: is on {weight.device}, x is on {x.device}")
+    if packed is None:
+        return pack(weights, plan)
+    check_packed(packed)
+    return packed
 
 
 def _allocate(x: Tensor, plan: list[int], keep_every: int, store: bool) -> Outputs:
@@ -228,7 +224,7 @@ def _run_fake(
     store: bool,
     precision: str,
 ) -> Outputs:
-    _check(x, cond, weights, plan)
+    check_pass(x, cond, weights, plan, keep_every, precision)
     return _allocate(x, plan, keep_every, store)
 
 
