@@ -1,0 +1,7 @@
+"""The one error of files that are not what they should be."""
+
+from __future__ import annotations
+
+
+class ModelFileError(ValueError):
+    """A model or regressor file that cannot be read; says the file, the array and what is wrong."""
