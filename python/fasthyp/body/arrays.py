@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fasthyp.body.errors import ModelFileError
-from fasthyp.body.files import SUFFIXES, load_arrays
+from fasthyp.body.files import SUFFIXES, load_arrays, save_arrays
 from fasthyp.body.unpickling import SparseMatrix
 
 _MAX_VERTICES, _MAX_JOINTS, _MAX_SHAPES = 1 << 20, 1 << 10, 1 << 12
@@ -138,9 +138,34 @@ def body_arrays(source: str | os.PathLike[str] | Mapping[str, Any], name: str = 
     faces = faces.astype(np.int64)
     if len(faces) and not (faces.min() >= 0 and faces.max() < vertices):
         raise ModelFileError(f"{label}: f: a face names a vertex outside 0 to {vertices - 1}")
-    return BodyArrays(
-        template, shapedirs, posedirs, regressor, parents, weights, faces, raw, label
-    )
+    return BodyArrays(template, shapedirs, posedirs, regressor, parents, weights, faces, raw, label)
+
+
+def export_safetensors(
+    source: str | os.PathLike[str] | Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
+    """Write a model as a ``.safetensors`` file, which every model of this package loads: all its
+    arrays unchanged, sparse ones as dense ones, the kinematic tree as ``parents``.
+
+    Args:
+        source: as :func:`body_arrays`.
+        path: to write; appears whole or not at all.
+
+    Raises:
+        ModelFileError: the source is damaged, or refused.
+        ValueError: ``path`` does not end in ``.safetensors``.
+        OSError: the file cannot be written.
+    """
+    arrays = body_arrays(source)
+    names = ("v_template", "shapedirs", "posedirs", "J_regressor", "parents", "weights")
+    dense = {
+        k: v.dense() if isinstance(v, SparseMatrix) and len(arrays.weights) in v.shape else v
+        for k, v in arrays.extras.items()
+    }
+    numbers = {
+        k: v for k, v in dense.items() if isinstance(v, np.ndarray) and v.dtype.kind in "biuf"
+    }
+    save_arrays(path, {**numbers, **{k: getattr(arrays, k) for k in names}, "f": arrays.faces})
 
 
 def _as_array(value: Any) -> Any:
@@ -176,9 +201,7 @@ def _tree(parents: np.ndarray, label: str) -> np.ndarray:
     return np.array(values, np.int64)
 
 
-def find_model_file(
-    path: str | os.PathLike[str], stem: str, preferred: str | None = None
-) -> Path:
+def find_model_file(path: str | os.PathLike[str], stem: str, preferred: str | None = None) -> Path:
     """The file itself, or in a folder the one called ``stem`` with the first ending that exists.
 
     Raises:

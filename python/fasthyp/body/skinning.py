@@ -42,7 +42,9 @@ def lbs(
     rest = J_regressor @ shaped
     eye = torch.eye(3, dtype=turn.dtype, device=turn.device)
     feature = (turn[:, 1:] - eye).reshape(batch, 9 * (joints - 1))
-    posed = shaped + (feature @ posedirs).reshape(batch, -1, 3)
+    posed = shaped
+    if posedirs.shape[0]:
+        posed = shaped + (feature @ posedirs).reshape(batch, -1, 3)
     rotation, place = [turn[:, 0]], [rest[:, 0]]
     for joint in range(1, joints):
         parent = int(parents[joint])
@@ -60,7 +62,7 @@ def lbs(
 class FoldedJoints:
     """A regressor of posed vertices."""
 
-    model: tuple[Tensor, ...]
+    model: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     regressor: Tensor
 
 

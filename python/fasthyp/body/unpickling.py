@@ -1,11 +1,12 @@
 """Reading the arrays of a pickle without running it.
 
-Body models come as pickles: most from Python 2, some with arrays wrapped by chumpy, joint regressors
-as SciPy matrices. A pickle is a program that may call any function of any module. This reader is an
-interpreter of that program which can call nothing: the dozen functions and classes that such files
-name (:data:`_KNOWN`) are stood in for by code of this file that builds NumPy arrays and plain values. What a file names beyond those is an error that says the name; so are the
-instructions that model files do not use, and every size is checked against the bytes that the
-file really holds before memory is taken.
+Body models come as pickles: most from Python 2, some with arrays wrapped by chumpy, joint
+regressors as SciPy matrices. A pickle is a program that may call any function of any module. This
+reader is an interpreter of that program which can call nothing: the dozen functions and classes
+that such files name (:data:`_KNOWN`) are stood in for by code of this file that builds NumPy arrays
+and plain values. What a file names beyond those is an error that says the name; so are the
+instructions that model files do not use, and every size is checked against the bytes that the file
+really holds before memory is taken.
 
 The format is that of Python's ``pickletools`` documentation, protocols 0 to 5.
 """
@@ -261,7 +262,9 @@ class _Machine:
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.position, self.position + (1 << 28))
         if end < 0:
-            raise ModelFileError(f"damaged or truncated pickle: a line without end at byte {self.position}")
+            raise ModelFileError(
+                f"damaged or truncated pickle: a line without end at byte {self.position}"
+            )
         out = self.data[self.position : end]
         self.position = end + 1
         return out
@@ -287,7 +290,9 @@ class _Machine:
 
     def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
-            raise ModelFileError(f"damaged pickle: expected a {kind.__name__} at byte {self.position}")
+            raise ModelFileError(
+                f"damaged pickle: expected a {kind.__name__} at byte {self.position}"
+            )
         return self.stack[-1]
 
     def fetch(self, index: int) -> None:
@@ -464,7 +469,7 @@ def _long(machine: _Machine, count: int) -> int:
 def _quoted(line: bytes) -> bytes:
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
         raise ModelFileError("damaged pickle: a text without quotes")
-    return codecs.escape_decode(line[1:-1])[0]  # type: ignore[attr-defined]
+    return codecs.escape_decode(line[1:-1])[0]
 
 
 def _sized(layout: str, convert: Callable[[bytes], Any]) -> Callable[[_Machine], None]:

@@ -16,17 +16,17 @@ _TIPS = tuple(
 EXTRA_JOINTS = (*_FACE, *_FEET, *_TIPS)
 """The order in which a model appends them to its joints."""
 
+_SMPL = (
+    *(332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787),
+    *(2746, 2319, 2445, 2556, 2673, 6191, 5782, 5905, 6016, 6133),
+)
+_SMPLX = (
+    *(9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635),
+    *(5361, 4933, 5058, 5169, 5286, 8079, 7669, 7794, 7905, 8022),
+)
 VERTEX_IDS: dict[str, dict[str, int]] = {
-    # fmt: off
-    "smplh": dict(zip(EXTRA_JOINTS, (
-        332, 6260, 2800, 4071, 583, 3216, 3226, 3387, 6617, 6624, 6787,
-        2746, 2319, 2445, 2556, 2673, 6191, 5782, 5905, 6016, 6133,
-    ), strict=True)),
-    "smplx": dict(zip(EXTRA_JOINTS, (
-        9120, 9929, 9448, 616, 6, 5770, 5780, 8846, 8463, 8474, 8635,
-        5361, 4933, 5058, 5169, 5286, 8079, 7669, 7794, 7905, 8022,
-    ), strict=True)),
-    # fmt: on
+    "smplh": dict(zip(EXTRA_JOINTS, _SMPL, strict=True)),
+    "smplx": dict(zip(EXTRA_JOINTS, _SMPLX, strict=True)),
 }
 """Vertex numbers on the meshes of SMPL and SMPL+H (6890 vertices) and of SMPL-X (10475)."""
 
