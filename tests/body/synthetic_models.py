@@ -99,7 +99,9 @@ def vertex_ids(vertices: int, salt: int = 0) -> dict[str, int]:
     return dict(zip(EXTRA_JOINTS, chosen.tolist(), strict=True))
 
 
-def write_pickle(path: Path, arrays: dict[str, Any], protocol: int = 2, sparse: bool = True) -> Path:
+def write_pickle(
+    path: Path, arrays: dict[str, Any], protocol: int = 2, sparse: bool = True
+) -> Path:
     """As the published files: the regressor as a SciPy matrix."""
     held = dict(arrays)
     if sparse:

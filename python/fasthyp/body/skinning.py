@@ -44,7 +44,7 @@ def lbs(
     feature = (turn[:, 1:] - eye).reshape(batch, 9 * (joints - 1))
     posed = shaped
     if posedirs.shape[0]:
-        posed = shaped + (feature @ posedirs).reshape(batch, -1, 3)
+        posed = shaped + (feature @ posedirs).unflatten(1, (-1, 3))
     rotation, place = [turn[:, 0]], [rest[:, 0]]
     for joint in range(1, joints):
         parent = int(parents[joint])

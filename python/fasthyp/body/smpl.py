@@ -337,7 +337,7 @@ class SMPL(LinearBody):
             if own is None:
                 own = self.v_template.new_zeros(1, widths[name])
             shape[name] = self._rows(name, own, widths[name])
-        shown: dict[str, Tensor] = {}
+        shown: dict[str, Tensor | None] = {}
         pose: dict[str, Tensor | None] = {}
         for name, joints in self._PARTS:
             shown[name], pose[name] = self._part(name, joints, given.get(name), pose2rot)
@@ -345,7 +345,8 @@ class SMPL(LinearBody):
         moved = None if own is None else self._rows("transl", own, 3)
         sized = broadcast({**shape, **pose, "transl": moved})
         rows = torch.cat([sized[name] for name, _ in self._PARTS], 1)
-        out = {**shown, **{name: sized[name] for name in shape}}
+        out = {name: sized[name] if value is None else value for name, value in shown.items()}
+        out.update({name: sized[name] for name in shape})
         out["shape"] = (
             torch.cat([sized[name] for name in shape], 1) if len(shape) > 1 else sized["betas"]
         )
@@ -356,14 +357,14 @@ class SMPL(LinearBody):
 
     def _part(
         self, name: str, joints: int, value: Tensor | None, pose2rot: bool
-    ) -> tuple[Tensor, Tensor]:
-        """One part of the pose: as the output shows it, and as rows for skinning."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """One part of the pose: as the output shows it (None: as skinning takes it), and as rows
+        for skinning."""
         own: Tensor | None = getattr(self, name, None)
         if value is not None:
             return value, self._rotations(name, value, joints, pose2rot)
         if own is None:
-            rest = self._rest(joints, pose2rot)
-            return rest, rest
+            return None, self._rest(joints, pose2rot)
         if pose2rot:
             return own, own
         turned = rotation_matrices(own.unflatten(1, (joints, 3)))
@@ -453,7 +454,7 @@ class SMPLH(SMPL):
 
     def _part(
         self, name: str, joints: int, value: Tensor | None, pose2rot: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         if name not in _HANDS or (value is not None and not pose2rot):
             return super()._part(name, joints, value, pose2rot)
         value = getattr(self, name, None) if value is None else value
@@ -562,10 +563,10 @@ class SMPLX(SMPLH):
         self.use_face_contour = use_face_contour
         self._num_expression = num_expression_coeffs
         self._face = {
-            "expression": (create_expression, expression),
             "jaw_pose": (create_jaw_pose, jaw_pose),
             "leye_pose": (create_leye_pose, leye_pose),
             "reye_pose": (create_reye_pose, reye_pose),
+            "expression": (create_expression, expression),
         }
         super().__init__(model_path, **settings)
         del self._face

@@ -24,7 +24,7 @@ import numpy as np
 
 from fasthyp.body.errors import ModelFileError
 
-_MAX_STEPS = 200_000  # a model file takes a few hundred, and this many under a second
+_MAX_STEPS = 100_000  # a model file takes a few hundred, and this many under a second
 _MAX_RANK = 8
 _PLAIN_DTYPE = re.compile(r"([<>=|]?)([biuf])([1248])")
 
