@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasthyp.body.arrays import BodyArrays
 from fasthyp.body.joint_maps import COCO17_JOINTS, H36M17_JOINTS
+from fasthyp.body.landmarks import rotation_matrices
 from fasthyp.body.linear import LinearBody
 from fasthyp.body.outputs import BodyOutput
 from fasthyp.body.skinning import lbs, regress_joints
@@ -175,12 +176,10 @@ class AnnyBody(LinearBody):
             betas = self.shape()
         few = self._rows("betas", betas, self.num_betas)  # often one shape for many poses
         straight = self._straightening(few)
-        head = (self.v_template + 0)[self._visible] + few @ self.shapedirs[self._visible].T
+        head = self.v_template[self._visible] + few @ self.shapedirs[self._visible].T
         betas, pose, transl = self._inputs(betas, pose, transl, pose2rot)
         turns = pose
         if pose2rot:
-            from fasthyp.body.landmarks import rotation_matrices
-
             turns = rotation_matrices(pose.unflatten(1, (-1, 3)))
         above = straight[:, self.parents.clamp(min=0)]
         rows = torch.cat([turns[:, :1] @ straight[:, :1], (above.mT @ turns @ straight)[:, 1:]], 1)
@@ -225,11 +224,30 @@ def from_anny(
 
 
 def _nearest_rotation(matrices: Tensor) -> Tensor:
-    """Kabsch: the rotation nearest to each (..., 3, 3)."""
-    left, _, right = torch.linalg.svd(matrices)
-    sign = torch.ones_like(matrices[..., 0])
-    sign[..., 2] = torch.det(left @ right).detach().sign()
-    return (left * sign[..., None, :]) @ right
+    """Kabsch: the rotation R nearest to each (..., 3, 3), M = R P with P symmetric.
+
+    Its gradient is taken from R^T dM - dM^T R = W P + P W, where dR = R W: unlike that of the
+    singular vectors it is finite where singular values are equal, as they are for an undeformed
+    bone.
+    """
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(matrices)
+        sign = torch.ones_like(matrices[..., 0])
+        sign[..., 2] = torch.det(left @ right).sign()
+        rotation = (left * sign[..., None, :]) @ right
+        stretch = rotation.mT @ matrices
+        trace = stretch.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        eye = torch.eye(3, dtype=matrices.dtype, device=matrices.device)
+        inverse = torch.linalg.pinv(trace * eye - (stretch + stretch.mT) / 2)
+    if not matrices.requires_grad:
+        return rotation
+    turned = rotation.mT @ matrices
+    skew = turned - turned.mT  # zero, but not its gradient
+    axis = torch.stack([skew[..., 2, 1], skew[..., 0, 2], skew[..., 1, 0]], -1)
+    x, y, z = (inverse @ axis[..., None])[..., 0].unbind(-1)
+    zero = torch.zeros_like(x)
+    change = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    return rotation @ (eye + change)
 
 
 def _numpy(value: Tensor) -> np.ndarray:

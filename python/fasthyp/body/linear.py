@@ -28,7 +28,7 @@ class LinearBody(nn.Module):
             (V, 3, 9 (J - 1)) or none, ``J_regressor`` (J, V), ``kintree_table`` (2, J) or
             ``parents`` (J,), ``weights`` (V, J), ``f`` (F, 3) or none.
         num_betas: how many shape coefficients to use; by default all.
-        dtype: of the buffers. Values are rounded to float32 first whatever it is, as smplx does.
+        dtype: of the buffers.
 
     Raises:
         ModelFileError: an array is missing or wrong, or the file is refused.
@@ -67,9 +67,12 @@ class LinearBody(nn.Module):
             ("posedirs", posedirs),
             ("lbs_weights", arrays.weights),
         ):
-            self.register_buffer(name, rounded(value, self.dtype))
+            self.register_buffer(name, self._buffer(value))
         self.register_buffer("faces_tensor", torch.tensor(arrays.faces, dtype=torch.long))
         self.register_buffer("parents", torch.tensor(arrays.parents, dtype=torch.long))
+
+    def _buffer(self, value: np.ndarray) -> Tensor:
+        return torch.tensor(np.ascontiguousarray(value), dtype=self.dtype)
 
     @property
     def num_betas(self) -> int:
@@ -294,11 +297,6 @@ class LinearBody(nn.Module):
                 f"{wanted}, got {shape}"
             )
         return value.reshape(shape[0], *((3 * joints,) if pose2rot else (joints, 3, 3)))
-
-
-def rounded(value: Any, dtype: torch.dtype) -> Tensor:
-    """An array as a tensor of ``dtype``, by way of float32."""
-    return torch.tensor(np.asarray(value, np.float32), dtype=dtype)
 
 
 def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fasthyp.body.arrays import BodyArrays, body_arrays, checked, find_model_file
 from fasthyp.body.files import load_arrays
 from fasthyp.body.landmarks import contour_entry, on_faces, rotation_matrices
-from fasthyp.body.linear import LinearBody, broadcast, rounded
+from fasthyp.body.linear import LinearBody, broadcast
 from fasthyp.body.outputs import SMPLHOutput, SMPLOutput, SMPLXOutput
 from fasthyp.body.skinning import regress_joints
 from fasthyp.body.vertex_joints import VERTEX_IDS, VertexJointSelector
@@ -116,7 +116,7 @@ class SMPL(LinearBody):
                 raise ValueError(
                     f"v_template: expected shape {tuple(self.v_template.shape)}, got {shape}"
                 )
-            given = v_template if isinstance(v_template, Tensor) else rounded(v_template, dtype)
+            given = v_template if isinstance(v_template, Tensor) else self._buffer(v_template)
             self.v_template = given.detach().to(dtype)
         chosen = VERTEX_IDS[self._MESH] if vertex_ids is None else vertex_ids
         selector = VertexJointSelector(chosen, use_hands, use_feet_keypoints)
@@ -133,6 +133,10 @@ class SMPL(LinearBody):
         self._own("transl", create_transl, transl, 3)
         self._finish(arrays)
         del self._raw_shapedirs
+
+    def _buffer(self, value: np.ndarray) -> Tensor:
+        # smplx rounds to float32 whatever the dtype
+        return torch.tensor(np.asarray(value, np.float32), dtype=self.dtype)
 
     def _finish(self, arrays: BodyArrays) -> None:
         """What the other models need of the file."""
@@ -587,7 +591,7 @@ class SMPLX(SMPLH):
         )
         count = min(self._num_expression, most)
         directions = self._raw_shapedirs[:, :, first : first + count]
-        self.register_buffer("expr_dirs", rounded(directions, self.dtype))
+        self.register_buffer("expr_dirs", self._buffer(directions))
         del self._num_expression
         self._landmarks(arrays, "lmk")
         if self.use_face_contour:

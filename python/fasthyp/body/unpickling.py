@@ -26,6 +26,7 @@ from fasthyp.body.errors import ModelFileError
 
 _MAX_STEPS = 100_000  # a model file takes a few hundred, and this many under a second
 _MAX_RANK = 8
+_ESCAPES = re.compile(rb"""\\\\(?:[\\\\'"nrt]|x[0-9a-fA-F]{2})""")  # those of Python 2's repr
 _PLAIN_DTYPE = re.compile(r"([<>=|]?)([biuf])([1248])")
 
 # Module names differ between releases of NumPy, SciPy and Python; the function is the same.
@@ -469,6 +470,8 @@ def _long(machine: _Machine, count: int) -> int:
 def _quoted(line: bytes) -> bytes:
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
         raise ModelFileError("damaged pickle: a text without quotes")
+    if b"\\" in _ESCAPES.sub(b"", line):
+        raise ModelFileError("damaged pickle: a text with unknown escapes")
     return codecs.escape_decode(line[1:-1])[0]
 
 
