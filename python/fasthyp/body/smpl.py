@@ -136,7 +136,7 @@ class SMPL(LinearBody):
 
     def _buffer(self, value: np.ndarray) -> Tensor:
         # smplx rounds to float32 whatever the dtype
-        return torch.tensor(np.asarray(value, np.float32), dtype=self.dtype)
+        return super()._buffer(np.asarray(value, np.float32))
 
     def _finish(self, arrays: BodyArrays) -> None:
         """What the other models need of the file."""

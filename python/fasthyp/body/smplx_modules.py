@@ -21,7 +21,8 @@ class FusedSkinning(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         original = type(self).__mro__[2]  # this class comes between the adopted one and smplx's
-        return _with_own_lbs(original)(self, *args, **kwargs)
+        forward: Any = _with_own_lbs(original)
+        return forward(self, *args, **kwargs)
 
 
 def _forward_of(kind: Any) -> Any:

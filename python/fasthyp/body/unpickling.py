@@ -26,7 +26,7 @@ from fasthyp.body.errors import ModelFileError
 
 _MAX_STEPS = 100_000  # a model file takes a few hundred, and this many under a second
 _MAX_RANK = 8
-_ESCAPES = re.compile(rb"""\\\\(?:[\\\\'"nrt]|x[0-9a-fA-F]{2})""")  # those of Python 2's repr
+_ESCAPES = re.compile(rb"""\\(?:[\\'"nrt]|x[0-9a-fA-F]{2})""")  # those of Python 2's repr
 _PLAIN_DTYPE = re.compile(r"([<>=|]?)([biuf])([1248])")
 
 # Module names differ between releases of NumPy, SciPy and Python; the function is the same.

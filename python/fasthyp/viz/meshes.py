@@ -101,7 +101,7 @@ def mesh_figure(
             ScalarMappable(scale, _COLOURS), cax=figure.add_subplot(grid[len(panels)])
         )
         bar.set_label("RMS distance from the mean (mm)")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         text = title or f"{len(points):,} hypotheses of one body"
         figure.text(0.02, 0.94, text, fontsize=16, color=style.INK, weight="bold")
     return figure
