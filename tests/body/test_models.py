@@ -553,7 +553,8 @@ def test_accelerated_modules_of_smplx(kind: str, layer: bool, files: Path) -> No
     kw = {"pose2rot": False} if layer else {}
     calls = []
     assert_equal(fast(**inputs, **kw), model(**inputs, **kw))
-    namespace = fasthyp.body.smplx_modules._with_own_lbs(type(fast.smpl).__mro__[2]).__globals__
+    made = body.smplx_modules._with_own_lbs(type(peer))
+    namespace = made.__globals__
     own = namespace["lbs"]
     assert own is fasthyp.body.lbs
     namespace["lbs"] = lambda *a, **k: calls.append(1) or own(*a, **k)
@@ -577,13 +578,53 @@ def test_accelerated_modules_of_smplx(kind: str, layer: bool, files: Path) -> No
     assert type(fasthyp.restore(same)) is getattr(smplx, type(peer).__name__)
 
 
-def test_smplx_module_with_another_forward_is_left_alone(files: Path) -> None:
-    class Own(smplx.SMPL):
-        def forward(self, **kw: Any) -> Any:
-            return super().forward(**kw)
+class Derived(smplx.SMPL):
+    """What research code makes of smplx's SMPL: more joints."""
 
-    model = Own(str(files / "SMPL_NEUTRAL.pkl"))
-    assert type(fasthyp.accelerate(model)) is Own
+    def forward(self, *args: Any, **kw: Any) -> Any:
+        out = super().forward(*args, **kw)
+        out.joints = torch.cat([out.joints, out.vertices[:, :3]], 1)
+        return out
+
+
+class Skinless(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_classes_derived_from_those_of_smplx(files: Path) -> None:
+    peer = Derived(str(files / "SMPL_NEUTRAL.pkl"))
+    fast = fasthyp.accelerate(peer)
+    assert isinstance(fast, Derived)
+    assert fasthyp.explain(fast).rows[0]["accelerated"]
+    inputs = inputs_of("SMPL", 2)
+    want = peer(**inputs)
+    assert want.joints.shape[1] == 48
+    for model in (fast, pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+        assert_equal(model(**inputs), want)
+    namespace = body.smplx_modules._with_own_lbs(smplx.SMPL).__globals__
+    own, calls = namespace["lbs"], []
+    namespace["lbs"] = lambda *a, **k: calls.append(1) or own(*a, **k)
+    fast(**inputs)
+    namespace["lbs"] = own
+    assert calls == [1]
+    assert fasthyp.restore(fast) is peer
+    assert type(fasthyp.accelerate(Skinless())) is Skinless
+
+
+def test_hands_of_smplx(tmp_path: Path) -> None:
+    """MANO has no class here, but its skinning is the same."""
+    parents = (-1, *(0 if k % 3 == 0 else k for k in range(15)))
+    arrays = synthetic.model(parents, 60)
+    arrays["hands_components"] = np.eye(45)
+    arrays["hands_mean"] = np.linspace(-1, 1, 45)
+    tips = {f"{side}{name}": 7 for side in "lr" for name in ("thumb", "index", "middle")}
+    path = synthetic.write_pickle(tmp_path / "MANO_RIGHT.pkl", arrays)
+    peer = smplx.MANO(str(path), vertex_ids={**IDS, **tips}, create_body_pose=False)
+    fast = fasthyp.accelerate(peer)
+    assert fasthyp.explain(fast).rows[0]["accelerated"]
+    inputs = {"hand_pose": numbers(2, 6), "betas": numbers(2, 10), "global_orient": numbers(2, 3)}
+    assert_equal(fast(**inputs), peer(**inputs))
 
 
 def test_nothing_is_printed(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
