@@ -385,6 +385,19 @@ def test_npz_that_lies_about_its_size(tmp_path: Path) -> None:
         load_arrays(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("shape", ["9" * 4000 + ", " + "9" * 4000, "-1", ", ".join("1" * 20)])
+def test_headers_without_a_shape(shape: str, tmp_path: Path) -> None:
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({shape},)}}\n".encode()
+    npy = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)
+    (tmp_path / "a.npy").write_bytes(npy)
+    entry = f'{{"a": {{"dtype": "F64", "shape": [{shape}], "data_offsets": [0, 8]}}}}'.encode()
+    tensors = struct.pack("<Q", len(entry)) + entry + bytes(8)
+    (tmp_path / "a.safetensors").write_bytes(tensors)
+    for name in ("a.npy", "a.safetensors"):
+        with pytest.raises(ModelFileError, match=rf"{name}.*(no shape of an array|damaged)"):
+            load_arrays(tmp_path / name)
+
+
 def test_npz_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "SMPL.npz"
     np.savez_compressed(path, a=np.zeros(1 << 18))

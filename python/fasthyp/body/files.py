@@ -147,9 +147,13 @@ def _npy_header(stream: IO[bytes], name: str) -> tuple[np.dtype, bool, tuple[int
         raise ModelFileError(
             f"{name}: damaged array header ({type(error).__name__}: {str(error)[:120]})"
         ) from None
-    if any(n < 0 for n in shape) or len(shape) > 8:
-        raise ModelFileError(f"{name}: damaged array header, shape {shape}")
+    if not _sane(shape):
+        raise ModelFileError(f"{name}: damaged array header, no shape of an array")
     return dtype, fortran, shape, stream.tell()
+
+
+def _sane(shape: tuple[int, ...]) -> bool:
+    return len(shape) <= 8 and all(0 <= n < 1 << 48 for n in shape)
 
 
 def _check_bytes(dtype: np.dtype, shape: tuple[int, ...], held: int, name: str) -> None:
@@ -188,8 +192,8 @@ def _read_safetensors(data: bytes, name: str) -> dict[str, np.ndarray]:
             dtype = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]])
             shape = tuple(int(n) for n in entry["shape"])
             start, end = (int(n) for n in entry["data_offsets"])
-            if not 0 <= start <= end <= len(body) or any(n < 0 for n in shape):
-                raise ValueError(f"bytes {start} to {end} of {len(body)}, shape {shape}")
+            if not 0 <= start <= end <= len(body) or not _sane(shape):
+                raise ValueError(f"no place among {len(body)} bytes, or no shape of an array")
         except Exception as error:
             raise ModelFileError(
                 f"{what}: damaged entry ({type(error).__name__}: {str(error)[:120]})"

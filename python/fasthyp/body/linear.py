@@ -246,7 +246,7 @@ class LinearBody(nn.Module):
                 value = make()
             folds = [other for other in cache if other[0] == "fold"]
             if key[0] == "fold" and len(folds) >= _FOLDS:
-                del cache[folds[0]]
+                cache.pop(folds[0], None)  # another thread may have been first
             # Holding the sources keeps their addresses from being given to others.
             cache[key] = found = (stamp, value, tuple(sources))
         return found[1]

@@ -171,7 +171,8 @@ def _with_scipy(found: dict[str, Any], label: str) -> dict[str, Any]:
     outer = rows if by_row else columns
     limit = columns if by_row else rows
     sound = (
-        len(starts) == outer + 1
+        rows != columns  # by rows or by columns is told from the sizes
+        and len(starts) == outer + 1
         and (counts >= 0).all()
         and starts[0] == 0
         and starts[-1] == len(inner)

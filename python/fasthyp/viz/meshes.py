@@ -67,8 +67,8 @@ def mesh_figure(
     chosen = points[:shown]
     mean = points.mean(0)
     panels = [
-        ("Mean, from the front", mean, np.stack([across, vertical, facing])),
-        ("Mean, from the side", mean, np.stack([-facing, vertical, across])),
+        ("Mean, front", mean, np.stack([across, vertical, facing])),
+        ("Mean, side", mean, np.stack([-facing, vertical, across])),
         *(
             (f"Hypothesis {k + 1}", body, np.stack([across, vertical, facing]))
             for k, body in enumerate(chosen)
@@ -81,7 +81,7 @@ def mesh_figure(
             min(p[:, 1].min() for p in projected),
             max(p[:, 1].max() for p in projected),
         )
-        ratios = np.array([1.15 * max(size, 0.25 * (high - low)) for size in sizes])
+        ratios = np.array([1.15 * max(size, 0.4 * (high - low)) for size in sizes])
         figure = Figure(
             figsize=(_HEIGHT * ratios.sum() / (high - low) + 1.2, _HEIGHT + 0.9), dpi=140
         )
