@@ -22,7 +22,7 @@ class FusedSkinning(nn.Module):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        order = type(self).__mro__
+        order: Any = type(self).__mro__
         forward: Any = _with_own_lbs(order[order.index(FusedSkinning) + 1])
         return forward(self, *args, **kwargs)
 
