@@ -119,7 +119,7 @@ class LinearBody(nn.Module):
             points, joints = None, regress_joints(self._own_joints(), betas, pose, None, pose2rot)
         if transl is not None:
             joints = joints + transl[:, None]
-            points = None if points is None else points + transl[:, None]
+            points = None if points is None else moved(points, transl)
         return BodyOutput(vertices=points, joints=joints, full_pose=pose, transl=transl)
 
     def joints(
@@ -297,6 +297,13 @@ class LinearBody(nn.Module):
                 f"{wanted}, got {shape}"
             )
         return value.reshape(shape[0], *((3 * joints,) if pose2rot else (joints, 3, 3)))
+
+
+def moved(vertices: Tensor, transl: Tensor) -> Tensor:
+    """Vertices (B, V, 3) just computed, moved by (B, 3); without gradients, in their own memory."""
+    if torch.is_grad_enabled() and (vertices.requires_grad or transl.requires_grad):
+        return vertices + transl[:, None]
+    return vertices.add_(transl[:, None])
 
 
 def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fasthyp.body.arrays import BodyArrays, body_arrays, checked, find_model_file
 from fasthyp.body.files import load_arrays
 from fasthyp.body.landmarks import contour_entry, on_faces, rotation_matrices
-from fasthyp.body.linear import LinearBody, broadcast
+from fasthyp.body.linear import LinearBody, broadcast, moved
 from fasthyp.body.outputs import SMPLHOutput, SMPLOutput, SMPLXOutput
 from fasthyp.body.skinning import regress_joints
 from fasthyp.body.vertex_joints import VERTEX_IDS, VertexJointSelector
@@ -285,7 +285,7 @@ class SMPL(LinearBody):
             joints = self._mapped(joints, vertices)
         if "transl" in inputs:
             joints = joints + inputs["transl"][:, None]
-            vertices = None if vertices is None else vertices + inputs["transl"][:, None]
+            vertices = None if vertices is None else moved(vertices, inputs["transl"])
         fields = {name: inputs[name] for name in self._reported()}
         if shaped:
             fields["v_shaped"] = self._shaped(inputs["betas"])
@@ -346,8 +346,8 @@ class SMPL(LinearBody):
         for name, joints in self._PARTS:
             shown[name], pose[name] = self._part(name, joints, given.get(name), pose2rot)
         own = getattr(self, "transl", None) if transl is None else transl
-        moved = None if own is None else self._rows("transl", own, 3)
-        sized = broadcast({**shape, **pose, "transl": moved})
+        shift = None if own is None else self._rows("transl", own, 3)
+        sized = broadcast({**shape, **pose, "transl": shift})
         rows = torch.cat([sized[name] for name, _ in self._PARTS], 1)
         out = {name: sized[name] if value is None else value for name, value in shown.items()}
         out.update({name: sized[name] for name in shape})

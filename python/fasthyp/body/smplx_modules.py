@@ -22,8 +22,9 @@ class FusedSkinning(nn.Module):
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        order: Any = type(self).__mro__
-        forward: Any = _with_own_lbs(order[order.index(FusedSkinning) + 1])
+        order = type(self).__mro__
+        base: Any = order[order.index(FusedSkinning) + 1]
+        forward: Any = _with_own_lbs(base)
         return forward(self, *args, **kwargs)
 
 
