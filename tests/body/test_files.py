@@ -74,6 +74,13 @@ def test_python2_writer_writes_what_pickle_reads() -> None:
             np.testing.assert_array_equal(found[name], value)
 
 
+def test_objects_where_numbers_belong(tmp_path: Path) -> None:
+    path = tmp_path / "SMPL.pkl"
+    path.write_bytes(pickle.dumps({**MODEL, "weights": np.array([[None]])}))
+    with pytest.raises(ModelFileError, match="'weights' is missing, or holds no numbers"):
+        body_arrays(path)
+
+
 @pytest.mark.parametrize("kind", ["csc", "csr", "coo"])
 def test_sparse_matrices(kind: str) -> None:
     dense = np.zeros((5, 7))
@@ -92,6 +99,10 @@ def test_other_values_of_files() -> None:
         "names": ["a", "b"],
         "text": "umlaut: \N{LATIN SMALL LETTER U WITH DIAERESIS}",
         "none": None,
+        "part2num": np.array({"head": 1}),
+        "joint_names": np.array(["pelvis", "hip"]),
+        "bytes": np.array([b"pelvis"]),
+        "name": np.str_("pelvis"),
         "long": 2**60,
     }
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
@@ -102,6 +113,8 @@ def test_other_values_of_files() -> None:
         assert found["scalar"] == 2.5
         for name in ("names", "text", "none", "long"):
             assert found[name] == value[name], name
+        for name in ("part2num", "joint_names", "bytes", "name"):  # read over, not made
+            assert type(found[name]).__name__ == "_Opaque", name
 
 
 def test_npz_and_safetensors(tmp_path: Path) -> None:
@@ -199,7 +212,9 @@ HOSTILE: dict[str, bytes] = {
     "memo of a mark": b"(q\x00h\x00h\x00R.",
     "memo swap": b"c__builtin__\nset\nq\x00S'x'\np0\n0h\x00(tR.",
     "negative memo": b"Np-1\n.",
-    "objects in an array": _array_state(b"(I1\n(I1\nt" + _F8.replace(b"f8", b"O8") + b"I0\n]t"),
+    "call in an array of objects": _array_state(
+        b"(I1\n(I1\nt" + _F8.replace(b"f8", b"O8") + b"I0\n(lcos\nsystem\n(S'true'\ntRat"
+    ),
     "list as an array's bytes": _array_state(b"(I1\n(I1\nt" + _F8 + b"I0\n(lS'os'\nat"),
     "records in an array": b"cnumpy\ndtype\n(S'V8'\nI0\nI1\ntR"
     b"(I3\nS'|'\nN(S'a'\nt}NI-1\nI-1\nI0\ntb.",

@@ -104,7 +104,7 @@ def body_arrays(source: str | os.PathLike[str] | Mapping[str, Any], name: str = 
 
     def take(key: str, *shape: int | None) -> np.ndarray:
         if key not in raw:
-            raise ModelFileError(f"{label}: the array {key!r} is missing")
+            raise ModelFileError(f"{label}: the array {key!r} is missing, or holds no numbers")
         return checked(raw.pop(key), key, shape, label)
 
     template = take("v_template", None, 3)

@@ -23,8 +23,7 @@ class FusedSkinning(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         order = type(self).__mro__
-        base: Any = order[order.index(FusedSkinning) + 1]
-        forward: Any = _with_own_lbs(base)
+        forward: Any = _with_own_lbs(order[order.index(FusedSkinning) + 1])
         return forward(self, *args, **kwargs)
 
 
@@ -38,7 +37,7 @@ def fused_class(module: Any) -> Any:
     """The class that runs a module of smplx with this package's skinning; None for others."""
     if isinstance(module, FusedSkinning) or not is_smplx(module):
         return None
-    return _fused(type(module))
+    return _fused(module.__class__)
 
 
 def _skinning_class(kind: type) -> Any:

@@ -26,6 +26,7 @@ from fasthyp.body.errors import ModelFileError
 
 _MAX_STEPS = 100_000  # a model file takes a few hundred, and this many under a second
 _MAX_RANK = 8
+_OTHER_DTYPE = re.compile(r"[<>=|]?(O|O4|O8|[SUa]\d{1,6})")
 _ESCAPES = re.compile(rb"""\\(?:[\\'"nrt]|x[0-9a-fA-F]{2})""")  # those of Python 2's repr
 _PLAIN_DTYPE = re.compile(r"([<>=|]?)([biuf])([1248])")
 
@@ -70,13 +71,19 @@ class _Name:
 class _Array:
     """An array under construction: its state comes after it."""
 
-    value: np.ndarray | None = None
+    value: np.ndarray | _Opaque | None = None
 
 
 @dataclass
 class _Dtype:
-    code: str
+    """The type of an array's elements; None for texts and objects, of which no array is made."""
+
+    code: str | None
     value: np.dtype | None = None
+
+
+class _Opaque:
+    """A value that nobody can use as an array: it was read, and is not looked into."""
 
 
 @dataclass
@@ -352,7 +359,8 @@ class _Machine:
             order = _text(state[1]) if isinstance(state, tuple) and len(state) > 4 else ""
             if order not in ("<", ">", "|", "=") or any(state[i] is not None for i in (2, 3, 4)):
                 raise ModelFileError("refused: an array whose elements are records")
-            target.value = np.dtype(target.code).newbyteorder(order)  # type: ignore[arg-type]
+            if target.code is not None:
+                target.value = np.dtype(target.code).newbyteorder(order)  # type: ignore[arg-type]
         elif isinstance(target, _Instance) and isinstance(state, dict):
             target.state = state
         else:
@@ -365,12 +373,14 @@ def _fill(target: _Array, state: Any) -> None:
     target.value = _array(raw, dtype, shape, "F" if fortran else "C")
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray | _Opaque:
     if not isinstance(dtype, _Dtype):
         raise ModelFileError("damaged pickle: an array without a type of elements")
+    if dtype.code is None:
+        return _Opaque()
     kind = dtype.value if dtype.value is not None else np.dtype(dtype.code)
     if not isinstance(raw, bytes | bytearray):
-        raise ModelFileError("refused: an array of objects")
+        raise ModelFileError("damaged pickle: an array of numbers without their bytes")
     if not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
         raise ModelFileError("damaged pickle: an array without a shape")
     if not all(type(n) is int and n >= 0 for n in shape):
@@ -387,6 +397,8 @@ def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
 
 
 def _make_dtype(machine: _Machine, code: Any, *rest: Any) -> _Dtype:
+    if _OTHER_DTYPE.fullmatch(_text(code)):  # names of joints, for example
+        return _Dtype(None)
     match = _PLAIN_DTYPE.fullmatch(_text(code))
     if match is None or (match[2] == "f" and match[3] == "1"):
         raise ModelFileError(f"refused: an array with elements of type {_shortened(_text(code))!r}")
@@ -394,7 +406,8 @@ def _make_dtype(machine: _Machine, code: Any, *rest: Any) -> _Dtype:
 
 
 def _make_scalar(machine: _Machine, dtype: Any, raw: Any) -> Any:
-    return _array(raw, dtype, (), "C").item()
+    value = _array(raw, dtype, (), "C")
+    return value if isinstance(value, _Opaque) else value.item()
 
 
 def _encode(machine: _Machine, text: Any, encoding: Any) -> bytes:
@@ -418,8 +431,8 @@ def _reconstruct(machine: _Machine, kind: Any, *rest: Any) -> _Array:
     return _Array()
 
 
-def _make_set(machine: _Machine, *items: Any) -> object:
-    return object()  # chumpy's list of changed variables, which nobody asks for
+def _make_set(machine: _Machine, *items: Any) -> _Opaque:
+    return _Opaque()  # chumpy's list of changed variables, which nobody asks for
 
 
 def _frombuffer(machine: _Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
