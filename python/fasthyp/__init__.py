@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fasthyp import _C
 
 if TYPE_CHECKING:
-    from fasthyp import flows, losses, metrics, models, viz
+    from fasthyp import body, flows, losses, metrics, models, viz
     from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
     from fasthyp.heatmaps import (
@@ -42,7 +42,7 @@ _HOME = {
     "MMDLoss": "fasthyp.mmd",
     "mmd2": "fasthyp.mmd",
 }
-_MODULES = ("flows", "losses", "metrics", "models", "viz")
+_MODULES = ("body", "flows", "losses", "metrics", "models", "viz")
 
 __all__ = [
     "GaussianFit",
@@ -51,6 +51,7 @@ __all__ = [
     "PoseEstimate",
     "PoseEstimator",
     "accelerate",
+    "body",
     "explain",
     "fit_gaussians",
     "flows",

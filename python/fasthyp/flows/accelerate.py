@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import FrEIA.modules as fm
 from torch import Tensor, nn
 
+from fasthyp.body import smplx_modules
 from fasthyp.flows import nflows, realnvp
 from fasthyp.flows.describe import describe, is_flow
 from fasthyp.flows.executor import check_checkpoint, check_precision
@@ -30,7 +31,8 @@ def accelerate(
 
     FrEIA's ``GraphINN``, ``ReversibleGraphNet``, ``SequenceINN`` and coupling blocks, alone or
     anywhere inside the model, become the drop-in classes of :mod:`fasthyp.flows`; flows of nflows
-    and of POCO get fused subclasses of their own classes. What cannot be fused keeps working as it
+    and of POCO get fused subclasses of their own classes, and so do bodies of smplx, whose
+    skinning then is :func:`fasthyp.body.lbs`. What cannot be fused keeps working as it
     was; :func:`explain` says what and why.
 
     Changed weights are noticed at the next call, except when they were changed in place through
@@ -75,7 +77,12 @@ def _fused_class(part: Any) -> Any:
     """The class that runs this part fused; None for one that has no fused form."""
     if isinstance(part, FusedFlow):
         return type(part)
-    return MODULES.get(type(part)) or nflows.fused_class(part) or realnvp.fused_class(part)
+    return (
+        MODULES.get(type(part))
+        or nflows.fused_class(part)
+        or realnvp.fused_class(part)
+        or smplx_modules.fused_class(part)
+    )
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -160,10 +167,14 @@ def explain(model: nn.Module) -> Report:
         if is_flow(part):
             if _explain_flow(report, name, part):
                 inside.update(map(id, part.modules()))
+        elif smplx_modules.is_smplx(part):
+            fused = isinstance(part, smplx_modules.FusedSkinning)
+            reason = "skinning by fasthyp.body.lbs" if fused else "not accelerated"
+            report.add(name, type(part).__name__, fused, reason)
         elif isinstance(part, fm.InvertibleModule) and not isinstance(part, fm.PermuteRandom):
             report.add(name, type(part).__name__, False, "no fused form of this block")
     if not report.rows:
-        report.add("", type(model).__name__, False, "holds no flow")
+        report.add("", type(model).__name__, False, "holds no flow and no body")
     return report
 
 

@@ -1,0 +1,40 @@
+"""Bodies: SMPL-family models and their files, joints without meshes, a body that is free to use."""
+
+from fasthyp.body.anny_body import AnnyBody, from_anny
+from fasthyp.body.arrays import BodyArrays, body_arrays, export_safetensors
+from fasthyp.body.errors import ModelFileError
+from fasthyp.body.files import load_arrays, save_arrays
+from fasthyp.body.linear import LinearBody
+from fasthyp.body.meshes import vertex_spread, write_mesh
+from fasthyp.body.outputs import BodyOutput, SMPLHOutput, SMPLOutput, SMPLXOutput
+from fasthyp.body.regressors import VertexMapping, load_regressor, load_smplx_to_smpl
+from fasthyp.body.skinning import FoldedJoints, fold_joints, lbs, regress_joints
+from fasthyp.body.smpl import SMPL, SMPLH, SMPLX
+
+__all__ = [
+    "SMPL",
+    "SMPLH",
+    "SMPLX",
+    "AnnyBody",
+    "BodyArrays",
+    "BodyOutput",
+    "FoldedJoints",
+    "LinearBody",
+    "ModelFileError",
+    "SMPLHOutput",
+    "SMPLOutput",
+    "SMPLXOutput",
+    "VertexMapping",
+    "body_arrays",
+    "export_safetensors",
+    "fold_joints",
+    "from_anny",
+    "lbs",
+    "load_arrays",
+    "load_regressor",
+    "load_smplx_to_smpl",
+    "regress_joints",
+    "save_arrays",
+    "vertex_spread",
+    "write_mesh",
+]

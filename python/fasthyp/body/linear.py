@@ -1,0 +1,330 @@
+"""What all bodies share: the arrays of linear blend skinning, vertices and mesh-free joints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasthyp.body.arrays import BodyArrays, body_arrays
+from fasthyp.body.outputs import BodyOutput
+from fasthyp.body.skinning import fold_joints, lbs, regress_joints
+
+Arrays: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+_FOLDS = 8  # regressors remembered per model
+
+
+class LinearBody(nn.Module):
+    """Any linear blend skinning model given by its arrays.
+
+    Args:
+        model: a model file (``.pkl``, ``.npz``, ``.safetensors``), or a mapping with the names of
+            SMPL's files: ``v_template`` (V, 3) m, ``shapedirs`` (V, 3, S), ``posedirs``
+            (V, 3, 9 (J - 1)) or none, ``J_regressor`` (J, V), ``kintree_table`` (2, J) or
+            ``parents`` (J,), ``weights`` (V, J), ``f`` (F, 3) or none.
+        num_betas: how many shape coefficients to use; by default all.
+        dtype: of the buffers.
+
+    Raises:
+        ModelFileError: an array is missing or wrong, or the file is refused.
+        ValueError: ``num_betas`` is negative, or another ending of the file's name.
+    """
+
+    v_template: Tensor
+    shapedirs: Tensor
+    posedirs: Tensor
+    J_regressor: Tensor
+    parents: Tensor
+    lbs_weights: Tensor
+    faces_tensor: Tensor
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Mapping[str, Any] | BodyArrays,
+        num_betas: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        arrays = model if isinstance(model, BodyArrays) else body_arrays(model)
+        self.dtype = dtype
+        self._register(arrays, num_betas)
+
+    def _register(self, arrays: BodyArrays, num_betas: int | None) -> None:
+        if num_betas is not None and num_betas < 0:
+            raise ValueError(f"num_betas: expected none or more, got {num_betas}")
+        self.faces = arrays.faces
+        vertices = len(arrays.weights)
+        posedirs = arrays.posedirs.reshape(3 * vertices, -1).T
+        for name, value in (
+            ("shapedirs", arrays.shapedirs[:, :, :num_betas]),
+            ("v_template", arrays.v_template),
+            ("J_regressor", arrays.J_regressor),
+            ("posedirs", posedirs),
+            ("lbs_weights", arrays.weights),
+        ):
+            self.register_buffer(name, self._buffer(value))
+        self.register_buffer("faces_tensor", torch.tensor(arrays.faces, dtype=torch.long))
+        self.register_buffer("parents", torch.tensor(arrays.parents, dtype=torch.long))
+
+    def _buffer(self, value: np.ndarray) -> Tensor:
+        return torch.tensor(np.ascontiguousarray(value), dtype=self.dtype)
+
+    @property
+    def num_betas(self) -> int:
+        """Number of shape coefficients."""
+        return self.shapedirs.shape[2]
+
+    def get_num_verts(self) -> int:
+        return self.v_template.shape[0]
+
+    def get_num_faces(self) -> int:
+        return self.faces_tensor.shape[0]
+
+    def extra_repr(self) -> str:
+        joints, vertices = self.J_regressor.shape
+        return f"{vertices} vertices, {joints} joints, {self.num_betas} betas"
+
+    def forward(
+        self,
+        betas: Tensor | None = None,
+        pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        pose2rot: bool = True,
+        vertices: bool = True,
+    ) -> BodyOutput:
+        """Pose bodies. Batches of one are repeated to the size of the others.
+
+        Args:
+            betas: (B, S), the average shape by default.
+            pose: (B, J, 3) or (B, 3 J) axis angles in rad; rotation matrices (B, J, 3, 3) with
+                ``pose2rot=False``; the rest pose by default.
+            transl: (B, 3) m.
+            vertices: False leaves the mesh out, which then is not computed.
+
+        Returns:
+            Vertices (B, V, 3) m, or None, and the skeleton's joints (B, J, 3) m.
+
+        Raises:
+            TypeError, ValueError: an argument of another type or shape.
+        """
+        betas, pose, transl = self._inputs(betas, pose, transl, pose2rot)
+        if vertices:
+            points, joints = self._skin(betas, pose, pose2rot)
+        else:
+            points, joints = None, regress_joints(self._own_joints(), betas, pose, None, pose2rot)
+        if transl is not None:
+            joints = joints + transl[:, None]
+            points = None if points is None else moved(points, transl)
+        return BodyOutput(vertices=points, joints=joints, full_pose=pose, transl=transl)
+
+    def joints(
+        self,
+        betas: Tensor | None = None,
+        pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        regressor: Tensor | None = None,
+        pose2rot: bool = True,
+    ) -> Tensor:
+        """Joints without the mesh, exactly those that a regressor of its vertices would give.
+
+        Args:
+            betas, pose, transl, pose2rot: as in a call.
+            regressor: (K, V), dense or sparse; by default the skeleton's joints. It is folded into
+                the model once; pass the same tensor again.
+
+        Returns:
+            (B, K, 3) m.
+
+        Raises:
+            TypeError, ValueError: an argument of another type or shape.
+        """
+        folded = self._own_joints() if regressor is None else self._folded(regressor)
+        return regress_joints(folded, *self._inputs(betas, pose, transl, pose2rot), pose2rot)
+
+    def _inputs(
+        self, betas: Tensor | None, pose: Tensor | None, transl: Tensor | None, pose2rot: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        joints = len(self.parents)
+        if betas is None:
+            betas = self.v_template.new_zeros(1, self.num_betas)
+        if pose is None:
+            pose = self._rest(joints, pose2rot)
+        values = {
+            "betas": self._rows("betas", betas, self.num_betas),
+            "pose": self._rotations("pose", pose, joints, pose2rot),
+            "transl": None if transl is None else self._rows("transl", transl, 3),
+        }
+        sized = broadcast(values)
+        return sized["betas"], sized["pose"], sized.get("transl")
+
+    def _model(self) -> Arrays:
+        """The arrays in the order in which skinning takes them."""
+        return (
+            self.v_template,
+            self._all_shapedirs(),
+            self.posedirs,
+            self.J_regressor,
+            self.parents,
+            self.lbs_weights,
+        )
+
+    def _all_shapedirs(self) -> Tensor:
+        return self.shapedirs
+
+    def _skin(self, shape: Tensor, pose: Tensor, pose2rot: bool) -> tuple[Tensor, Tensor]:
+        return lbs(shape, pose, *self._model(), pose2rot=pose2rot)
+
+    def _folded(self, regressor: Tensor) -> Any:
+        if not isinstance(regressor, Tensor):
+            raise TypeError(f"regressor: expected a tensor, got {type(regressor).__name__}")
+        vertices = self.get_num_verts()
+        if regressor.dim() != 2 or regressor.shape[1] != vertices:
+            raise ValueError(
+                f"regressor: expected shape (K, {vertices}), got {tuple(regressor.shape)}"
+            )
+
+        def make() -> Any:
+            dense = regressor.to_dense() if regressor.layout != torch.strided else regressor
+            return fold_joints(*self._model(), dense.detach().to(self.v_template))
+
+        return self._cached(("fold", id(regressor)), (regressor, *self._model()), make)
+
+    def _points_on_vertices(self) -> tuple[Tensor, Tensor]:
+        """Vertices and weights (P, N) of the points that the model appends to its joints."""
+        none = self.parents.new_zeros(0, 1)
+        return none, none.to(self.v_template)
+
+    def _point_buffers(self) -> tuple[Tensor, ...]:
+        """What :meth:`_points_on_vertices` is computed from."""
+        return ()
+
+    def _own_joints(self) -> Any:
+        """The model's own joints as a regressor of very few vertices.
+
+        A posed joint is where skinning takes a vertex at the rest joint that has the whole weight
+        of that bone. So the joints, and after them the vertices that are needed, make a body of
+        their own, small enough that the size of the mesh does not matter.
+        """
+
+        def make() -> Any:
+            corner, weight = self._points_on_vertices()
+            used, place = corner.unique(return_inverse=True)
+            joints, (template, shapedirs, posedirs, regressor, parents, weights) = (
+                len(self.parents),
+                self._model(),
+            )
+            rows = posedirs.unflatten(1, (-1, 3))[:, used]
+            still = rows.new_zeros(len(rows), joints, 3)
+            eye = torch.eye(joints, dtype=template.dtype, device=template.device)
+            picked = template.new_zeros(len(corner), len(used)).scatter_add_(1, place, weight)
+            return fold_joints(
+                torch.cat([regressor @ template, template[used]]),
+                torch.cat([torch.einsum("jv,vcs->jcs", regressor, shapedirs), shapedirs[used]]),
+                torch.cat([still, rows], 1).flatten(1),
+                torch.cat([eye, eye.new_zeros(joints, len(used))], 1),
+                parents,
+                torch.cat([eye, weights[used]]),
+                torch.block_diag(eye, picked),
+            )
+
+        return self._cached(("own",), (*self._model(), *self._point_buffers()), make)
+
+    def _cached(
+        self, key: tuple[Any, ...], sources: Sequence[Tensor], make: Callable[[], Any]
+    ) -> Any:
+        """What was made of these tensors before, unless one of them was changed since."""
+        cache: dict[Any, Any] = self.__dict__.setdefault("_cache", {})
+        stamp = [_stamp(tensor) for tensor in sources]
+        found = cache.get(key)
+        if found is None or found[0] != stamp:
+            with torch.no_grad():
+                value = make()
+            folds = [other for other in cache if other[0] == "fold"]
+            if key[0] == "fold" and len(folds) >= _FOLDS:
+                cache.pop(folds[0], None)  # another thread may have been first
+            # Holding the sources keeps their addresses from being given to others.
+            cache[key] = found = (stamp, value, tuple(sources))
+        return found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_cache", None)
+        return state
+
+    def _rest(self, joints: int, pose2rot: bool) -> Tensor:
+        if pose2rot:
+            return self.v_template.new_zeros(1, 3 * joints)
+        eye = torch.eye(3, dtype=self.v_template.dtype, device=self.v_template.device)
+        return eye.expand(1, joints, 3, 3)
+
+    def _tensor(self, name: str, value: Any) -> Tensor:
+        """``value`` in the model's type, to which half precision is raised."""
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        like = self.v_template
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected a tensor on {like.device}, got {value.device}")
+        if value.dtype == like.dtype:
+            return value
+        if not value.dtype.is_floating_point or value.dtype.itemsize > like.dtype.itemsize:
+            raise TypeError(f"{name}: expected {like.dtype} as the model, got {value.dtype}")
+        return value.to(like.dtype)
+
+    def _rows(self, name: str, value: Any, width: int) -> Tensor:
+        value = self._tensor(name, value)
+        if value.dim() != 2 or value.shape[1] != width:
+            raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(value.shape)}")
+        return value
+
+    def _rotations(self, name: str, value: Any, joints: int, pose2rot: bool) -> Tensor:
+        """(B, 3 J) or (B, J, 3, 3) of what is given in one of the usual shapes."""
+        value = self._tensor(name, value)
+        shape, each = tuple(value.shape), 3 if pose2rot else 9
+        fits = [(each * joints,), (joints, each)] + ([] if pose2rot else [(joints, 3, 3)])
+        if joints == 1 and not pose2rot:
+            fits.append((3, 3))
+        if shape[1:] not in fits:
+            wanted = (
+                f"(B, {3 * joints}) or (B, {joints}, 3)" if pose2rot else f"(B, {joints}, 3, 3)"
+            )
+            raise ValueError(
+                f"{name}: expected {'axis angles' if pose2rot else 'rotation matrices'} of shape "
+                f"{wanted}, got {shape}"
+            )
+        return value.reshape(shape[0], *((3 * joints,) if pose2rot else (joints, 3, 3)))
+
+
+def moved(vertices: Tensor, transl: Tensor) -> Tensor:
+    """Vertices (B, V, 3) just computed, moved by (B, 3); without gradients, in their own memory."""
+    if torch.is_grad_enabled() and (vertices.requires_grad or transl.requires_grad):
+        return vertices + transl[:, None]
+    return vertices.add_(transl[:, None])
+
+
+def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Those that are given, with batches of one repeated to the size of the others.
+
+    Raises:
+        ValueError: two sizes other than one.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    sizes = {value.shape[0] for value in given.values()} - {1}
+    if len(sizes) > 1:
+        found = ", ".join(f"{name} {value.shape[0]}" for name, value in given.items())
+        raise ValueError(f"batch: expected one size, or one body, in all arguments; got {found}")
+    size = sizes.pop() if sizes else 1
+    return {
+        name: value if value.shape[0] == size else value.expand(size, *value.shape[1:])
+        for name, value in given.items()
+    }
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    version = 0 if tensor.is_inference() else tensor._version
+    place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+    return id(tensor), place, tensor.device, tensor.dtype, version

@@ -1,0 +1,738 @@
+"""SMPL, SMPL+H and SMPL-X: parameters, poses by parts, and the joints of each.
+
+Sources: Loper et al., "SMPL", SIGGRAPH Asia 2015; Romero et al., "Embodied Hands", SIGGRAPH Asia
+2017; Pavlakos et al., "Expressive Body Capture", CVPR 2019. Calls, defaults, buffers and the order
+of joints are those of the ``smplx`` package.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fasthyp.body.arrays import BodyArrays, body_arrays, checked, find_model_file
+from fasthyp.body.files import load_arrays
+from fasthyp.body.landmarks import contour_entry, on_faces, rotation_matrices
+from fasthyp.body.linear import LinearBody, broadcast, moved
+from fasthyp.body.outputs import SMPLHOutput, SMPLOutput, SMPLXOutput
+from fasthyp.body.skinning import regress_joints
+from fasthyp.body.vertex_joints import VERTEX_IDS, VertexJointSelector
+
+_HAND = 15
+_SHAPE_SPACE, _EXPRESSION_SPACE = 300, 100
+_HANDS = ("left_hand_pose", "right_hand_pose")
+
+
+class SMPL(LinearBody):
+    """The SMPL body: 6890 vertices, 24 joints.
+
+    Args:
+        model_path: the file (``.pkl`` as published, ``.npz`` or ``.safetensors``), a folder that
+            holds ``SMPL_<GENDER>`` with one of these endings, or a mapping of its arrays.
+        kid_template_path: with ``age="kid"``, the ``.npy`` file of the infants' template.
+        create_betas, create_global_orient, create_body_pose, create_transl: whether the model has
+            parameters of its own, used where a call gives none. Without them a call that gives
+            none takes the rest pose, the average shape and no translation.
+        betas, global_orient, body_pose, transl: their initial values; zero by default.
+        num_betas: number of shape coefficients, at most those in the file.
+        dtype: of buffers and parameters; arrays are rounded to float32 first, as smplx does.
+        batch_size: of the parameters.
+        joint_mapper: applied to the joints before the translation.
+        gender: which file of a folder.
+        vertex_ids: name to vertex of the joints to append, see
+            :data:`~fasthyp.body.vertex_joints.EXTRA_JOINTS`.
+        v_template: (V, 3) m instead of the file's.
+        use_hands, use_feet_keypoints: whether to append finger tips and feet.
+        ext: ending of the file in a folder; by default whichever is there.
+
+    Raises:
+        ModelFileError: an array is missing or wrong, or the file is refused.
+        FileNotFoundError: no such file.
+        ValueError: another argument is not what it should be.
+    """
+
+    NUM_BODY_JOINTS = 23
+    NUM_JOINTS = 23
+    SHAPE_SPACE_DIM = _SHAPE_SPACE
+    _STEM, _MESH = "SMPL", "smplh"
+    _PARTS: tuple[tuple[str, int], ...] = (("global_orient", 1), ("body_pose", 23))
+    _output: Any = SMPLOutput
+
+    vertex_joint_selector: VertexJointSelector
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | Mapping[str, Any],
+        kid_template_path: str | os.PathLike[str] = "",
+        create_betas: bool = True,
+        betas: Tensor | None = None,
+        num_betas: int = 10,
+        create_global_orient: bool = True,
+        global_orient: Tensor | None = None,
+        create_body_pose: bool = True,
+        body_pose: Tensor | None = None,
+        create_transl: bool = True,
+        transl: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 1,
+        joint_mapper: Callable[..., Tensor] | None = None,
+        gender: str = "neutral",
+        age: str = "adult",
+        vertex_ids: Mapping[str, int] | None = None,
+        v_template: Tensor | np.ndarray | None = None,
+        use_hands: bool = True,
+        use_feet_keypoints: bool = True,
+        ext: str | None = None,
+    ) -> None:
+        if isinstance(model_path, Mapping):
+            arrays = body_arrays(model_path)
+        else:
+            arrays = body_arrays(find_model_file(model_path, f"{self._STEM}_{gender.upper()}", ext))
+        expected = 1 + sum(joints for _, joints in self._PARTS[1:])
+        if len(arrays.parents) != expected:
+            raise ValueError(
+                f"{arrays.source}: expected the {expected} joints of {self.name()}, "
+                f"got {len(arrays.parents)}"
+            )
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 0:
+            raise ValueError(f"batch_size: expected a whole number, got {batch_size!r}")
+        self.gender, self.age = gender, age
+        self._raw_shapedirs = arrays.shapedirs
+        num_betas = min(num_betas, self._shapes_in(arrays))
+        if age == "kid":
+            arrays, num_betas = _with_kid(arrays, kid_template_path, num_betas)
+        super().__init__(arrays, num_betas, dtype)
+        self.batch_size = batch_size
+        self.joint_mapper = joint_mapper
+        if v_template is not None:
+            shape = tuple(v_template.shape)
+            if shape != tuple(self.v_template.shape):
+                raise ValueError(
+                    f"v_template: expected shape {tuple(self.v_template.shape)}, got {shape}"
+                )
+            given = v_template if isinstance(v_template, Tensor) else self._buffer(v_template)
+            self.v_template = given.detach().to(dtype)
+        chosen = VERTEX_IDS[self._MESH] if vertex_ids is None else vertex_ids
+        selector = VertexJointSelector(chosen, use_hands, use_feet_keypoints)
+        top = int(selector.extra_joints_idxs.max())
+        if top >= self.get_num_verts():
+            raise ValueError(
+                f"vertex_ids: expected vertices below {self.get_num_verts()} of this mesh, "
+                f"got {top}"
+            )
+        self.vertex_joint_selector = selector
+        self._own("betas", create_betas, betas, self.num_betas)
+        self._own("global_orient", create_global_orient, global_orient, 3)
+        self._own("body_pose", create_body_pose, body_pose, 3 * self.NUM_BODY_JOINTS)
+        self._own("transl", create_transl, transl, 3)
+        self._finish(arrays)
+        del self._raw_shapedirs
+
+    def _buffer(self, value: np.ndarray) -> Tensor:
+        # smplx rounds to float32 whatever the dtype
+        return super()._buffer(np.asarray(value, np.float32))
+
+    def _finish(self, arrays: BodyArrays) -> None:
+        """What the other models need of the file."""
+
+    def _shapes_in(self, arrays: BodyArrays) -> int:
+        return min(arrays.shapedirs.shape[2], self.SHAPE_SPACE_DIM)
+
+    def _own(self, name: str, create: bool, value: Any, width: int) -> None:
+        """A parameter of the model itself, (batch_size, width), zero or as given."""
+        if not create:
+            return
+        if value is None:
+            value = torch.zeros(self.batch_size, width, dtype=self.dtype)
+        else:
+            value = torch.as_tensor(value, dtype=self.dtype).detach().clone()
+            if value.dim() != 2 or value.shape[1] != width:
+                raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(value.shape)}")
+        self.register_parameter(name, nn.Parameter(value))
+
+    def name(self) -> str:
+        return "SMPL"
+
+    @property
+    def num_expression_coeffs(self) -> int:
+        return 0
+
+    @torch.no_grad()
+    def reset_params(self, **values: Any) -> None:
+        """Set the model's own parameters to given values, and all others to zero."""
+        for name, parameter in self.named_parameters():
+            if name in values:
+                parameter.copy_(torch.as_tensor(values[name], dtype=parameter.dtype))
+            else:
+                parameter.zero_()
+
+    def extra_repr(self) -> str:
+        return f"{self.name()}, {self.gender}, {super().extra_repr()}"
+
+    def forward_shape(self, betas: Tensor | None = None) -> Any:
+        """The rest vertices (B, V, 3) m of a shape (B, S), as ``vertices`` and ``v_shaped``."""
+        own = getattr(self, "betas", None) if betas is None else betas
+        if own is None:
+            own = self.v_template.new_zeros(1, self.num_betas)
+        own = self._rows("betas", own, self.num_betas)
+        shaped = self._shaped(own)
+        return self._output(vertices=shaped, betas=own, v_shaped=shaped)
+
+    def _shaped(self, betas: Tensor) -> Tensor:
+        return self.v_template + torch.einsum("vcs,bs->bvc", self.shapedirs, betas)
+
+    def forward(  # type: ignore[override]
+        self,
+        betas: Tensor | None = None,
+        body_pose: Tensor | None = None,
+        global_orient: Tensor | None = None,
+        transl: Tensor | None = None,
+        return_verts: bool = True,
+        return_full_pose: bool = False,
+        pose2rot: bool = True,
+        vertices: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Pose bodies. What is not given is the model's own parameter, or zero without one.
+        Batches of one are repeated to the size of the others.
+
+        Args:
+            betas: (B, S).
+            body_pose: (B, 69) axis angles in rad; with ``pose2rot=False`` rotation matrices
+                (B, 23, 3, 3).
+            global_orient: (B, 3), or (B, 1, 3, 3).
+            transl: (B, 3) m.
+            return_verts, vertices: with either False there is no mesh in the output, and none is
+                computed.
+            return_full_pose: whether the output has all rotations together.
+            pose2rot: whether poses are axis angles.
+
+        Returns:
+            :class:`~fasthyp.body.outputs.SMPLOutput`: joints (B, 45, 3) are the 24 of the skeleton,
+            nose, eyes and ears, feet, and finger tips.
+
+        Raises:
+            TypeError, ValueError: an argument of another name, type or shape.
+        """
+        parts = {"global_orient": global_orient, "body_pose": body_pose}
+        _no_others(others)
+        mesh = return_verts and vertices
+        return self._run(parts, betas, None, transl, mesh, return_full_pose, pose2rot)
+
+    def joints(  # type: ignore[override]
+        self,
+        betas: Tensor | None = None,
+        body_pose: Tensor | None = None,
+        global_orient: Tensor | None = None,
+        transl: Tensor | None = None,
+        regressor: Tensor | None = None,
+        pose2rot: bool = True,
+        expression: Tensor | None = None,
+        **parts: Tensor | None,
+    ) -> Tensor:
+        """Joints without the mesh, exactly those that a regressor of its vertices would give.
+
+        Args:
+            betas, body_pose, global_orient, transl, pose2rot: as in a call.
+            regressor: (K, V), dense or sparse, for instance of
+                :func:`~fasthyp.body.load_regressor`; by default the joints of a call. It is folded
+                into the model once; pass the same tensor again.
+            expression: (B, E), of a model that has one.
+            parts: the other parts of the pose that a call takes.
+
+        Returns:
+            (B, K, 3) m.
+
+        Raises:
+            TypeError, ValueError: an argument of another name, type or shape.
+        """
+        known = {name for name, _ in self._PARTS}
+        _no_others({name: value for name, value in parts.items() if name not in known})
+        parts = {**parts, "global_orient": global_orient, "body_pose": body_pose}
+        if regressor is None:
+            return self._run(parts, betas, expression, transl, False, False, pose2rot).joints
+        folded = self._folded(regressor)
+        inputs = self._parts(parts, betas, expression, transl, pose2rot)
+        return regress_joints(
+            folded, inputs["shape"], inputs["pose"], inputs.get("transl"), pose2rot
+        )
+
+    def _run(
+        self,
+        given: Mapping[str, Tensor | None],
+        betas: Tensor | None,
+        expression: Tensor | None,
+        transl: Tensor | None,
+        mesh: bool,
+        full_pose: bool,
+        pose2rot: bool,
+        shaped: bool = False,
+    ) -> Any:
+        inputs = self._parts(given, betas, expression, transl, pose2rot)
+        shape, pose = inputs["shape"], inputs["pose"]
+        if mesh or self._needs_mesh():
+            vertices, skeleton = self._skin(shape, pose, pose2rot)
+            joints = self._appended(vertices, skeleton, pose, pose2rot)
+        else:
+            vertices, joints = None, regress_joints(self._own_joints(), shape, pose, None, pose2rot)
+        if self.joint_mapper is not None:
+            joints = self._mapped(joints, vertices)
+        if "transl" in inputs:
+            joints = joints + inputs["transl"][:, None]
+            vertices = None if vertices is None else moved(vertices, inputs["transl"])
+        fields = {name: inputs[name] for name in self._reported()}
+        if shaped:
+            fields["v_shaped"] = self._shaped(inputs["betas"])
+        return self._output(
+            vertices=vertices if mesh else None,
+            joints=joints,
+            full_pose=self._shown(pose, pose2rot) if full_pose else None,
+            **fields,
+        )
+
+    def _shown(self, pose: Tensor, pose2rot: bool) -> Tensor:
+        return pose
+
+    def _reported(self) -> tuple[str, ...]:
+        return ("betas", "global_orient", "body_pose")
+
+    def _needs_mesh(self) -> bool:
+        return False
+
+    def _mapped(self, joints: Tensor, vertices: Tensor | None) -> Tensor:
+        assert self.joint_mapper is not None
+        return self.joint_mapper(joints)
+
+    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, pose2rot: bool) -> Tensor:
+        return self.vertex_joint_selector(vertices, joints)
+
+    def _point_buffers(self) -> tuple[Tensor, ...]:
+        return (self.vertex_joint_selector.extra_joints_idxs,)
+
+    def _points_on_vertices(self) -> tuple[Tensor, Tensor]:
+        chosen = self.vertex_joint_selector.extra_joints_idxs[:, None]
+        return chosen, torch.ones_like(chosen, dtype=self.v_template.dtype)
+
+    def _parts(
+        self,
+        given: Mapping[str, Tensor | None],
+        betas: Tensor | None,
+        expression: Tensor | None,
+        transl: Tensor | None,
+        pose2rot: bool,
+    ) -> dict[str, Tensor]:
+        """All inputs at one batch size: ``shape``, ``pose`` and ``transl`` for skinning, and what
+        the output repeats."""
+        coefficients = {"betas": betas, "expression": expression}
+        widths = {"betas": self.num_betas, "expression": self.num_expression_coeffs}
+        if not widths["expression"]:
+            if expression is not None:
+                raise ValueError(f"expression: {self.name()} has none")
+            del coefficients["expression"]
+        shape: dict[str, Tensor | None] = {}
+        for name, value in coefficients.items():
+            own = getattr(self, name, None) if value is None else value
+            if own is None:
+                own = self.v_template.new_zeros(1, widths[name])
+            shape[name] = self._rows(name, own, widths[name])
+        shown: dict[str, Tensor | None] = {}
+        pose: dict[str, Tensor | None] = {}
+        for name, joints in self._PARTS:
+            shown[name], pose[name] = self._part(name, joints, given.get(name), pose2rot)
+        own = getattr(self, "transl", None) if transl is None else transl
+        shift = None if own is None else self._rows("transl", own, 3)
+        sized = broadcast({**shape, **pose, "transl": shift})
+        rows = torch.cat([sized[name] for name, _ in self._PARTS], 1)
+        out = {name: sized[name] if value is None else value for name, value in shown.items()}
+        out.update({name: sized[name] for name in shape})
+        out["shape"] = (
+            torch.cat([sized[name] for name in shape], 1) if len(shape) > 1 else sized["betas"]
+        )
+        out["pose"] = self._with_mean(rows) if pose2rot else rows
+        if "transl" in sized:
+            out["transl"] = sized["transl"]
+        return out
+
+    def _part(
+        self, name: str, joints: int, value: Tensor | None, pose2rot: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """One part of the pose: as the output shows it (None: as skinning takes it), and as rows
+        for skinning."""
+        own: Tensor | None = getattr(self, name, None)
+        if value is not None:
+            return value, self._rotations(name, value, joints, pose2rot)
+        if own is None:
+            return None, self._rest(joints, pose2rot)
+        if pose2rot:
+            return own, own
+        turned = rotation_matrices(own.unflatten(1, (joints, 3)))
+        return turned, turned
+
+    def _with_mean(self, pose: Tensor) -> Tensor:
+        return pose
+
+
+class SMPLH(SMPL):
+    """SMPL with articulated hands: 6890 vertices, 52 joints.
+
+    Args, beyond those of :class:`SMPL`:
+        create_left_hand_pose, left_hand_pose, and the right ones: as for the other parts.
+        use_pca: whether hand poses are principal components; otherwise axis angles (B, 45).
+        num_pca_comps: how many of them.
+        flat_hand_mean: whether a zero hand pose is the flat hand, not the mean of the data.
+    """
+
+    NUM_BODY_JOINTS = 21
+    NUM_HAND_JOINTS = _HAND
+    NUM_JOINTS = NUM_BODY_JOINTS + 2 * _HAND
+    _STEM = "SMPLH"
+    _PARTS: tuple[tuple[str, int], ...] = (
+        ("global_orient", 1),
+        ("body_pose", 21),
+        ("left_hand_pose", _HAND),
+        ("right_hand_pose", _HAND),
+    )
+    _output: Any = SMPLHOutput
+
+    left_hand_components: Tensor
+    right_hand_components: Tensor
+    left_hand_mean: Tensor
+    right_hand_mean: Tensor
+    pose_mean: Tensor
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | Mapping[str, Any],
+        create_left_hand_pose: bool = True,
+        left_hand_pose: Tensor | None = None,
+        create_right_hand_pose: bool = True,
+        right_hand_pose: Tensor | None = None,
+        use_pca: bool = True,
+        num_pca_comps: int = 6,
+        flat_hand_mean: bool = False,
+        **settings: Any,
+    ) -> None:
+        if not 0 < num_pca_comps <= 3 * _HAND:
+            raise ValueError(f"num_pca_comps: expected 1 to {3 * _HAND}, got {num_pca_comps}")
+        self.use_pca, self.num_pca_comps = use_pca, num_pca_comps
+        self.flat_hand_mean = flat_hand_mean
+        self._hands = (
+            (create_left_hand_pose, left_hand_pose),
+            (create_right_hand_pose, right_hand_pose),
+        )
+        super().__init__(model_path, **settings)
+        del self._hands
+
+    def _finish(self, arrays: BodyArrays) -> None:
+        for side, (create, value) in zip(("left", "right"), self._hands, strict=True):
+            components = arrays.extra(f"hands_components{side[0]}", None, 3 * _HAND)
+            mean = arrays.extra(f"hands_mean{side[0]}", 3 * _HAND)
+            count = min(self.num_pca_comps, len(components))
+            if self.use_pca:
+                kept = torch.tensor(components[:count], dtype=self.dtype)
+                self.register_buffer(f"{side}_hand_components", kept)
+            mean = np.zeros_like(mean) if self.flat_hand_mean else mean
+            self.register_buffer(f"{side}_hand_mean", torch.tensor(mean, dtype=self.dtype))
+            width = count if self.use_pca else 3 * _HAND
+            self._own(f"{side}_hand_pose", create, value, width)
+        before = 3 * sum(joints for name, joints in self._PARTS if name not in _HANDS)
+        still = torch.zeros(before, dtype=self.dtype)
+        self.register_buffer(
+            "pose_mean", torch.cat([still, self.left_hand_mean, self.right_hand_mean])
+        )
+
+    def name(self) -> str:
+        return "SMPL+H"
+
+    def _reported(self) -> tuple[str, ...]:
+        return (*super()._reported(), *_HANDS)
+
+    def _with_mean(self, pose: Tensor) -> Tensor:
+        return pose + self.pose_mean
+
+    def _part(
+        self, name: str, joints: int, value: Tensor | None, pose2rot: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        if name not in _HANDS or (value is not None and not pose2rot):
+            return super()._part(name, joints, value, pose2rot)
+        value = getattr(self, name, None) if value is None else value
+        side = name.removesuffix("_pose")
+        if value is None:
+            angles = self._rest(joints, True)
+            if not pose2rot:  # a model without parameters: the flat hand, as smplx's layers
+                return super()._part(name, joints, value, pose2rot)
+        elif self.use_pca:
+            components = getattr(self, f"{side}_components")
+            angles = self._rows(name, value, len(components)) @ components
+        else:
+            angles = self._rotations(name, value, joints, True)
+        if pose2rot:
+            return angles, angles
+        mean = getattr(self, f"{side}_mean")
+        turned = rotation_matrices((angles + mean).unflatten(1, (joints, 3)))
+        return turned, turned
+
+    def forward(  # type: ignore[override]
+        self,
+        betas: Tensor | None = None,
+        global_orient: Tensor | None = None,
+        body_pose: Tensor | None = None,
+        left_hand_pose: Tensor | None = None,
+        right_hand_pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        return_verts: bool = True,
+        return_full_pose: bool = False,
+        pose2rot: bool = True,
+        vertices: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Pose bodies, as :meth:`SMPL.forward`.
+
+        Args, beyond those:
+            body_pose: (B, 63) rad, or (B, 21, 3, 3).
+            left_hand_pose, right_hand_pose: (B, number of components), or (B, 45) rad without
+                them; with ``pose2rot=False`` matrices (B, 15, 3, 3), to which no mean is added.
+
+        Returns:
+            :class:`~fasthyp.body.outputs.SMPLHOutput`, joints (B, 73, 3).
+        """
+        parts = {
+            "global_orient": global_orient,
+            "body_pose": body_pose,
+            "left_hand_pose": left_hand_pose,
+            "right_hand_pose": right_hand_pose,
+        }
+        _no_others(others)
+        mesh = return_verts and vertices
+        return self._run(parts, betas, None, transl, mesh, return_full_pose, pose2rot)
+
+
+class SMPLX(SMPLH):
+    """SMPL-X, body, hands and face: 10475 vertices, 55 joints.
+
+    Args, beyond those of :class:`SMPLH`:
+        num_expression_coeffs: number of expression coefficients, at most those in the file.
+        create_expression, expression, create_jaw_pose, jaw_pose, and the same for ``leye_pose`` and
+            ``reye_pose``: as for the other parts.
+        use_face_contour: whether to append the 17 landmarks of the contour, which depend on the
+            turn of the neck; a call then always computes the mesh.
+    """
+
+    NUM_FACE_JOINTS = 3
+    NUM_JOINTS = SMPLH.NUM_JOINTS + 3
+    EXPRESSION_SPACE_DIM = _EXPRESSION_SPACE
+    NECK_IDX = 12
+    _STEM, _MESH = "SMPLX", "smplx"
+    _PARTS = (
+        ("global_orient", 1),
+        ("body_pose", 21),
+        *((f"{name}_pose", 1) for name in ("jaw", "leye", "reye")),
+        ("left_hand_pose", _HAND),
+        ("right_hand_pose", _HAND),
+    )
+    _output: Any = SMPLXOutput
+
+    expr_dirs: Tensor
+    lmk_faces_idx: Tensor
+    lmk_bary_coords: Tensor
+    dynamic_lmk_faces_idx: Tensor
+    dynamic_lmk_bary_coords: Tensor
+    neck_kin_chain: Tensor
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str] | Mapping[str, Any],
+        num_expression_coeffs: int = 10,
+        create_expression: bool = True,
+        expression: Tensor | None = None,
+        create_jaw_pose: bool = True,
+        jaw_pose: Tensor | None = None,
+        create_leye_pose: bool = True,
+        leye_pose: Tensor | None = None,
+        create_reye_pose: bool = True,
+        reye_pose: Tensor | None = None,
+        use_face_contour: bool = False,
+        **settings: Any,
+    ) -> None:
+        if num_expression_coeffs < 0:
+            raise ValueError(
+                f"num_expression_coeffs: expected none or more, got {num_expression_coeffs}"
+            )
+        self.use_face_contour = use_face_contour
+        self._num_expression = num_expression_coeffs
+        self._face = {
+            "jaw_pose": (create_jaw_pose, jaw_pose),
+            "leye_pose": (create_leye_pose, leye_pose),
+            "reye_pose": (create_reye_pose, reye_pose),
+            "expression": (create_expression, expression),
+        }
+        super().__init__(model_path, **settings)
+        del self._face
+
+    def _full_space(self, arrays: BodyArrays) -> bool:
+        """Whether the file has 300 shapes and 100 expressions; the first files had 10 of each."""
+        return arrays.shapedirs.shape[2] >= _SHAPE_SPACE + _EXPRESSION_SPACE
+
+    def _shapes_in(self, arrays: BodyArrays) -> int:
+        return _SHAPE_SPACE if self._full_space(arrays) else min(10, arrays.shapedirs.shape[2])
+
+    def _finish(self, arrays: BodyArrays) -> None:
+        super()._finish(arrays)
+        first, most = (
+            (_SHAPE_SPACE, _EXPRESSION_SPACE)
+            if len(self._raw_shapedirs[0, 0]) >= _SHAPE_SPACE + _EXPRESSION_SPACE
+            else (10, 10)
+        )
+        count = min(self._num_expression, most)
+        directions = self._raw_shapedirs[:, :, first : first + count]
+        self.register_buffer("expr_dirs", self._buffer(directions))
+        del self._num_expression
+        self._landmarks(arrays, "lmk")
+        if self.use_face_contour:
+            self._landmarks(arrays, "dynamic_lmk", 79)
+            chain = [self.NECK_IDX]
+            while arrays.parents[chain[-1]] >= 0:
+                chain.append(int(arrays.parents[chain[-1]]))
+            self.register_buffer("neck_kin_chain", torch.tensor(chain))
+        widths = {"expression": self.num_expression_coeffs}
+        for name, (create, value) in self._face.items():
+            self._own(name, create, value, widths.get(name, 3))
+
+    def _landmarks(self, arrays: BodyArrays, prefix: str, *entries: int) -> None:
+        faces = arrays.extra(f"{prefix}_faces_idx", *entries, None)
+        weights = arrays.extra(f"{prefix}_bary_coords", *faces.shape, 3)
+        if faces.size and not (faces.min() >= 0 and faces.max() < len(arrays.faces)):
+            raise ValueError(
+                f"{arrays.source}: {prefix}_faces_idx: names a face outside 0 to "
+                f"{len(arrays.faces) - 1}"
+            )
+        self.register_buffer(f"{prefix}_faces_idx", torch.tensor(faces, dtype=torch.long))
+        self.register_buffer(f"{prefix}_bary_coords", torch.tensor(weights, dtype=self.dtype))
+
+    def name(self) -> str:
+        return "SMPL-X"
+
+    @property
+    def num_expression_coeffs(self) -> int:
+        """Number of expression coefficients."""
+        return self.expr_dirs.shape[2]
+
+    def _reported(self) -> tuple[str, ...]:
+        return (*super()._reported(), "jaw_pose", *(["expression"] if self._expressive() else []))
+
+    def _expressive(self) -> bool:
+        return self.num_expression_coeffs > 0
+
+    def _needs_mesh(self) -> bool:
+        # a mapper of SMPL-X is called with the vertices too
+        return self.use_face_contour or self.joint_mapper is not None
+
+    def _mapped(self, joints: Tensor, vertices: Tensor | None) -> Tensor:
+        assert self.joint_mapper is not None
+        return self.joint_mapper(joints=joints, vertices=vertices)
+
+    def _all_shapedirs(self) -> Tensor:
+        parts = (self.shapedirs, self.expr_dirs)
+        return self._cached(("shapedirs",), parts, lambda: torch.cat(parts, 2))
+
+    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, pose2rot: bool) -> Tensor:
+        joints = super()._appended(vertices, joints, pose, pose2rot)
+        faces = self.faces_tensor
+        found = [on_faces(vertices, faces, self.lmk_faces_idx, self.lmk_bary_coords)]
+        if self.use_face_contour:
+            entry = contour_entry(pose, self.neck_kin_chain, pose2rot)
+            face, weight = self.dynamic_lmk_faces_idx[entry], self.dynamic_lmk_bary_coords[entry]
+            found.append(on_faces(vertices, faces, face, weight))
+        return torch.cat([joints, *found], 1)
+
+    def _point_buffers(self) -> tuple[Tensor, ...]:
+        return (
+            *super()._point_buffers(),
+            self.faces_tensor,
+            self.lmk_faces_idx,
+            self.lmk_bary_coords,
+        )
+
+    def _points_on_vertices(self) -> tuple[Tensor, Tensor]:
+        chosen, ones = super()._points_on_vertices()
+        # a selected vertex is three times the same one, with the whole weight on the first
+        corners = torch.cat([chosen.expand(-1, 3), self.faces_tensor[self.lmk_faces_idx]])
+        weights = torch.cat([nn.functional.pad(ones, (0, 2)), self.lmk_bary_coords])
+        return corners, weights
+
+    def forward(  # type: ignore[override]
+        self,
+        betas: Tensor | None = None,
+        global_orient: Tensor | None = None,
+        body_pose: Tensor | None = None,
+        left_hand_pose: Tensor | None = None,
+        right_hand_pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        expression: Tensor | None = None,
+        jaw_pose: Tensor | None = None,
+        leye_pose: Tensor | None = None,
+        reye_pose: Tensor | None = None,
+        return_verts: bool = True,
+        return_full_pose: bool = False,
+        pose2rot: bool = True,
+        return_shaped: bool = True,
+        vertices: bool = True,
+        **others: Any,
+    ) -> Any:
+        """Pose bodies, as :meth:`SMPLH.forward`.
+
+        Args, beyond those:
+            expression: (B, E).
+            jaw_pose, leye_pose, reye_pose: (B, 3) rad, or (B, 1, 3, 3).
+            return_shaped: whether the output has the rest vertices (where it has vertices).
+
+        Returns:
+            :class:`~fasthyp.body.outputs.SMPLXOutput`, joints (B, 127, 3): the 55 of the skeleton,
+            the 21 appended, and 51 landmarks of the face (and 17 of its contour).
+        """
+        parts = {
+            "global_orient": global_orient,
+            "body_pose": body_pose,
+            "jaw_pose": jaw_pose,
+            "leye_pose": leye_pose,
+            "reye_pose": reye_pose,
+            "left_hand_pose": left_hand_pose,
+            "right_hand_pose": right_hand_pose,
+        }
+        _no_others(others)
+        return self._run(
+            parts,
+            betas,
+            expression,
+            transl,
+            return_verts and vertices,
+            return_full_pose,
+            pose2rot,
+            return_shaped and vertices,
+        )
+
+
+def _with_kid(
+    arrays: BodyArrays, path: str | os.PathLike[str], num_betas: int
+) -> tuple[BodyArrays, int]:
+    """One more shape coefficient, which leads to the infants' template."""
+    found = load_arrays(Path(path)) if str(path).endswith(".npy") else {}
+    if "" not in found:
+        raise ValueError(f"kid_template_path: expected a .npy file, got {str(path)!r}")
+    kid = checked(found[""], "template", arrays.v_template.shape, str(path))
+    step = kid - kid.mean(0) - arrays.v_template
+    arrays.shapedirs = np.concatenate([arrays.shapedirs[:, :, :num_betas], step[:, :, None]], 2)
+    return arrays, num_betas + 1
+
+
+def _no_others(others: Mapping[str, Any]) -> None:
+    # get_skin is an old argument of smplx that research code still passes
+    unknown = [name for name, value in others.items() if name != "get_skin" and value is not None]
+    if unknown:
+        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
