@@ -44,9 +44,9 @@ def accelerate(
             that shares every parameter and buffer with it.
         precision: ``"highest"`` (float32), ``"high"`` or ``"medium"``; gradients are computed in
             float32 on a CPU whatever it is.
-        checkpoint: what a pass keeps for its gradient. ``"reversible"``: hardly more than its
-            output, from which the backward pass reconstructs what it needs, so memory does not
-            grow with depth. ``"store"``: the hidden layers too, which are then not recomputed.
+        checkpoint: what a pass keeps for its gradient. ``"reversible"``: D numbers per row and
+            block, from which the backward pass reconstructs what it needs. ``"store"``: the hidden
+            layers too, which are then not computed again.
 
     Raises:
         TypeError: ``module`` is not an ``nn.Module``, or cannot be copied.
