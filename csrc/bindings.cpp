@@ -62,7 +62,7 @@ std::int64_t coupling_packed_bytes(const std::vector<std::int64_t>& plan) {
 // tensors: address and count of each, in the order of coupling::pack.
 void coupling_pack(Address plan, std::int64_t plan_size,
                    const std::vector<std::pair<Address, std::int64_t>>& tensors, Address packed,
-                   std::int64_t packed_bytes) {
+                   std::int64_t packed_bytes, int threads) {
   py::gil_scoped_release release;
   const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
@@ -70,7 +70,7 @@ void coupling_pack(Address plan, std::int64_t plan_size,
   std::vector<coupling::Numbers> numbers;
   for (const auto& [address, count] : tensors)
     numbers.push_back({pointer<const void>(address), count});
-  coupling::pack(flow, numbers, pointer<std::byte>(packed));
+  coupling::pack(flow, numbers, pointer<std::byte>(packed), threads);
 }
 
 void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,

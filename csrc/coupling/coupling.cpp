@@ -281,7 +281,7 @@ class Packer {
   Packer(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed)
       : flow_(flow), tensors_(tensors), packed_(packed) {}
 
-  void run() {
+  void run(int threads) {
     for (const Step& step : flow_.steps) {
       if (const auto* c = std::get_if<Coupling>(&step.what)) {
         for (const Net& net : c->nets)
@@ -295,9 +295,25 @@ class Packer {
     if (!tensors_.empty())
       throw std::invalid_argument("pack: " + std::to_string(tensors_.size()) +
                                   " tensors more than the plan has");
+    if (threads == 1 || blocks_.size() < 32) {
+      for (const Block& b : blocks_) copy(b);
+      return;
+    }
+    parallel(threads, [&](int shard, int shards) {
+      const Range mine = shard_range(static_cast<std::int64_t>(blocks_.size()), shard, shards);
+      for (std::int64_t i = mine.begin; i < mine.end; ++i) copy(blocks_[i]);
+    });
   }
 
  private:
+  // A block of outputs of a weight (out, given): its stored inputs [first, first + count), of which
+  // the last may be padding.
+  struct Block {
+    const Matrix* matrix;
+    const T* weight;
+    int first, count, given, block;
+  };
+
   void dense(const Dense& d) {
     inputs(d.matrix, d.matrix.cond_padded, d.matrix.in_padded, d.matrix.in);
     if (d.matrix.cond_padded > 0) inputs(d.matrix, 0, d.matrix.cond_padded, flow_.cond_dim);
@@ -317,19 +333,23 @@ class Packer {
               const std::vector<int>& after) {
     const T* weight = take(std::int64_t(m.in) * m.out);
     const T* shift = take(m.out);
-    fill(m, 0, m.in, [&](int o, int k) {
-      return diagonal ? weight[after[o]] : weight[std::int64_t(after[o]) * m.in + before[k]];
-    });
+    for (int b = 0; b < m.blocks; ++b)
+      fill(m, b, 0, m.in, [&](int o, int k) {
+        return diagonal ? weight[after[o]] : weight[std::int64_t(after[o]) * m.in + before[k]];
+      });
     T* bias = reinterpret_cast<T*>(packed_ + m.bias);
     for (int o = 0; o < m.out_padded(); ++o) bias[o] = o < m.out ? shift[after[o]] : T(0);
   }
 
-  // A weight (out, given) as stored inputs [first, first + count), of which the last may be
-  // padding.
   void inputs(const Matrix& m, int first, int count, int given) {
     const T* weight = take(std::int64_t(given) * m.out);
-    fill(m, first, count,
-         [&](int o, int k) { return k < given ? weight[std::int64_t(o) * given + k] : T(0); });
+    for (int b = 0; b < m.blocks; ++b) blocks_.push_back({&m, weight, first, count, given, b});
+  }
+
+  void copy(const Block& b) {
+    fill(*b.matrix, b.block, b.first, b.count, [&](int o, int k) {
+      return k < b.given ? b.weight[std::int64_t(o) * b.given + k] : T(0);
+    });
   }
 
   void vector(const Matrix& m, std::int64_t at) {
@@ -337,25 +357,30 @@ class Packer {
     std::fill(std::copy_n(take(m.out), m.out, to), to + m.out_padded(), T(0));
   }
 
-  // Stored inputs [first, first + count) of all outputs o: value(o, input - first).
+  // Stored inputs [first, first + count) of the outputs o of block b: value(o, input - first).
   template <class F>
-  void fill(const Matrix& m, int first, int count, F&& value) {
-    const std::int64_t stored = m.cond_padded + m.in_padded;
-    const int pair = m.element == Element::bf16 ? 2 : 1;
-    for (int b = 0; b < m.blocks; ++b)
-      for (int k = 0; k < count; ++k) {
-        const std::int64_t line = b * stored + (first + k) / pair * pair;
-        for (int i = 0; i < m.block; ++i) {
-          const int o = b * m.block + i;
-          const T v = o < m.out ? value(o, k) : T(0);
-          const std::int64_t at = line * m.block + i * pair + (first + k) % pair;
-          if (m.element == Element::bf16)
-            reinterpret_cast<std::uint16_t*>(packed_ + m.weight)[at] =
-                to_bf16(static_cast<float>(v));
-          else
-            reinterpret_cast<T*>(packed_ + m.weight)[at] = v;
+  void fill(const Matrix& m, int b, int first, int count, F&& value) {
+    if (m.element == Element::bf16)
+      fill<2>(m, b, first, count, reinterpret_cast<std::uint16_t*>(packed_ + m.weight),
+              [&](int o, int k) { return to_bf16(static_cast<float>(value(o, k))); });
+    else
+      fill<1>(m, b, first, count, reinterpret_cast<T*>(packed_ + m.weight), value);
+  }
+  // kPair inputs of an output stand together.
+  template <int kPair, class Number, class F>
+  void fill(const Matrix& m, int b, int first, int count, Number* packed, F&& value) {
+    constexpr int kFew = 16;  // what these are read from and written to stays in the cache
+    packed += std::int64_t(b) * (m.cond_padded + m.in_padded) * m.block;
+    const int outputs = std::min(m.block, m.out - b * m.block);
+    for (int few = 0; few < count; few += kFew) {
+      const int end = std::min(few + kFew, count);
+      for (int i = 0; i < m.block; ++i)
+        for (int k = few; k < end; ++k) {
+          const int line = (first + k) / kPair * kPair;
+          packed[std::int64_t(line) * m.block + i * kPair + (first + k) % kPair] =
+              i < outputs ? value(b * m.block + i, k) : Number(0);
         }
-      }
+    }
   }
 
   const T* take(std::int64_t count) {
@@ -371,6 +396,7 @@ class Packer {
   const Flow& flow_;
   std::span<const Numbers> tensors_;
   std::byte* packed_;
+  std::vector<Block> blocks_;
 };
 
 // Hoisted sums of at most this many bytes are held at a time.
@@ -489,11 +515,11 @@ bool supports(Element element) { return lanes(element) > 0; }
 
 Flow parse_plan(std::span<const std::int64_t> plan) { return PlanParser(plan).flow(); }
 
-void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed) {
+void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed, int threads) {
   if (flow.element == Element::f64)
-    Packer<double>(flow, tensors, packed).run();
+    Packer<double>(flow, tensors, packed).run(threads);
   else
-    Packer<float>(flow, tensors, packed).run();
+    Packer<float>(flow, tensors, packed).run(threads);
 }
 
 void run(const Call& call) {

@@ -149,7 +149,7 @@ struct Numbers {
 // weight (out, in), weight (out, C) of the condition, bias, then weight (out, C) and bias of the
 // gate, scale and shift of the norm; of linear steps weight and shift, then those of the inverse,
 // on slots.
-void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed);
+void pack(const Flow& flow, std::span<const Numbers> tensors, std::byte* packed, int threads);
 
 // One pass through the flow. All arrays are contiguous; T as above.
 struct Call {

@@ -17,6 +17,7 @@ def coupling_pack(
     tensors: Sequence[tuple[int, int]],
     packed: int,
     packed_bytes: int,
+    threads: int,
 ) -> None: ...
 def coupling_run(
     plan: int,

@@ -761,12 +761,12 @@ def test_tensors_that_do_not_fit_the_plan() -> None:
     arguments = packed.plan.data_ptr(), len(packed.plan)
     place = packed.packed.data_ptr(), packed.packed.numel()
     tensors = [(tensor.data_ptr(), tensor.numel()) for tensor in numbers]
-    _C.coupling_pack(*arguments, tensors, *place)
+    _C.coupling_pack(*arguments, tensors, *place, 1)
     for wrong in (tensors[:-1], [*tensors, tensors[0]], tensors[::-1]):
         with pytest.raises(ValueError, match="pack: "):
-            _C.coupling_pack(*arguments, wrong, *place)
+            _C.coupling_pack(*arguments, wrong, *place, 1)
     with pytest.raises(ValueError, match="too short"):
-        _C.coupling_pack(*arguments, tensors, place[0], place[1] - 1)
+        _C.coupling_pack(*arguments, tensors, place[0], place[1] - 1, 1)
 
 
 # --- noise and sampling -----------------------------------------------------------------------

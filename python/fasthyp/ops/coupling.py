@@ -137,7 +137,7 @@ def _pack_cpu(
     _C.coupling_pack(
         *(plan.data_ptr(), len(plan)),
         [(tensor.data_ptr(), tensor.numel()) for tensor in tensors],
-        *(packed.data_ptr(), packed.numel()),
+        *(packed.data_ptr(), packed.numel(), num_threads()),
     )
     return plan, packed
 

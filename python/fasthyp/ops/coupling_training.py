@@ -183,7 +183,7 @@ def pack(weights: Sequence[Tensor], plan: Sequence[int]) -> Tensor:
     _C.coupling_pack(
         *(numbers.data_ptr(), len(numbers)),
         [(tensor.data_ptr(), tensor.numel()) for tensor in tensors],
-        *(packed.data_ptr(), packed.numel()),
+        *(packed.data_ptr(), packed.numel(), num_threads()),
     )
     return packed
 
