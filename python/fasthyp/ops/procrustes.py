@@ -17,7 +17,6 @@ DTYPES = (torch.float32, torch.float64)
 _NAMES = ("source", "target")
 
 Fit = tuple[Tensor, Tensor, Tensor]
-Rows = tuple[int, int, int]
 
 
 def check(source: Tensor, target: Tensor, mask: Tensor | None) -> torch.Size:
@@ -79,17 +78,17 @@ def _call(
     results: list[Tensor | None],
 ) -> None:
     joints = source.shape[-2]
-    operands: list[tuple[Tensor | None, int, int]] = [
-        _rows(source, shape, 2),
-        _rows(target, shape, 2),
-        (None, 1, 1) if mask is None else _rows(mask, shape, 1),
-    ]
+    first, second = _rows(source, shape, 2), _rows(target, shape, 2)
+    third = None if mask is None else _rows(mask, shape, 1)
     if shape.numel() == 0:
         return
     on_cpu = source.device.type == "cpu"
-    first, second, third = ((address(tensor), *numbers) for tensor, *numbers in operands)
     _C.procrustes_align(
-        *(first, second, third, source.dtype == torch.float64, shape.numel(), joints),
+        *((first[0].data_ptr(), *first[1:]), (second[0].data_ptr(), *second[1:])),
+        (0, 1, 1) if third is None else (third[0].data_ptr(), *third[1:]),
+        source.dtype == torch.float64,
+        shape.numel(),
+        joints,
         [address(result) for result in results],
         -1 if on_cpu else source.device.index,
         _environment.num_threads() if on_cpu else current_stream(source.device.index),
@@ -131,12 +130,14 @@ def _by_reference(
     recorded = torch.is_grad_enabled()
     needs = ctx.needs_input_grad[:2]
     with torch.enable_grad():
+        values: tuple[Tensor, ...]
         poses = inputs[:2]
         if not recorded:
             poses = tuple(x.detach().requires_grad_(y) for x, y in zip(poses, needs, strict=True))
-        function = reference.procrustes if len(grads) == 3 else reference.error
-        values = function(*poses, *inputs[2:])
-        values = values if isinstance(values, tuple) else (values,)
+        if len(grads) == 3:
+            values = reference.procrustes(*poses, *inputs[2:])
+        else:
+            values = (reference.error(*poses, *inputs[2:]),)
         wanted = [x for x, need in zip(poses, needs, strict=True) if need]
         found = iter(torch.autograd.grad(values, wanted, grads, create_graph=recorded))
     return tuple(next(found) if need else None for need in needs)  # type: ignore[return-value]
@@ -160,7 +161,9 @@ def _error_fake(
 def _error_run(
     source: Tensor, target: Tensor, mask: Tensor | None, source_grad: bool, target_grad: bool
 ) -> Fit:
-    outputs = error, by_source, by_target = _error_fake(source, target, mask, source_grad, target_grad)
+    outputs = error, by_source, by_target = _error_fake(
+        source, target, mask, source_grad, target_grad
+    )
     grads = [by_source if source_grad else None, by_target if target_grad else None]
     _call(source, target, mask, error.shape, [None, None, None, error, None, *grads])
     return outputs

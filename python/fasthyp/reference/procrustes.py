@@ -41,7 +41,7 @@ def distances(source: Tensor, target: Tensor, mask: Tensor | None = None) -> Ten
 def error(source: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """(...) mean distance of the joints that count."""
     fit = _align(source, target, mask)
-    return (_distances(fit).sum(-1) / fit.count).to(source.dtype)
+    return (_distances(fit).sum(-1) / fit.number).to(source.dtype)
 
 
 class _Fit(NamedTuple):
@@ -51,7 +51,7 @@ class _Fit(NamedTuple):
     target_mean: Tensor
     source: Tensor  # (..., J, 3) about its mean, zero where a joint does not count
     target: Tensor
-    count: Tensor  # (...) of joints that count
+    number: Tensor  # (...) of joints that count
     counted: Tensor  # (..., J) or (1,) bool: these
 
 
@@ -114,10 +114,11 @@ class _Rotation(torch.autograd.Function):
         eye = torch.eye(3, dtype=products.dtype, device=products.device)
         system = trace[..., None, None] * eye - symmetric
         system = torch.where(system.isfinite().all(-1).all(-1)[..., None, None], system, eye)
-        values, vectors = torch.linalg.eigh(system)
+        size = _size(system)
+        values, vectors = torch.linalg.eigh(system / size)
         # An undetermined direction (eigenvalue 0) gets no gradient.
         floor = _UNDETERMINED * values[..., -1:].abs()
-        inverse = torch.where(values > floor, 1 / values, 0.0)
+        inverse = torch.where(values > floor, 1 / values, 0.0) / size[..., 0]
         turn = rotation.mT @ gradient
         axis = torch.stack(
             [turn[..., i, j] - turn[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1
@@ -132,8 +133,13 @@ class _Rotation(torch.autograd.Function):
 def _rotation(products: Tensor) -> Tensor:
     finite = products.isfinite().all(-1).all(-1)[..., None, None]
     products = torch.where(finite, products, 0.0)
-    largest = products.abs().amax((-2, -1), keepdim=True)
-    u, _, vt = torch.linalg.svd(products / torch.where(largest == 0, 1.0, largest))
+    u, _, vt = torch.linalg.svd(products / _size(products))
     sign = torch.ones_like(u[..., 0])
     sign[..., 2] = torch.linalg.det(u @ vt).sign()
     return torch.where(finite, (u * sign[..., None, :]) @ vt, torch.nan)
+
+
+def _size(matrices: Tensor) -> Tensor:
+    """(..., 1, 1) the largest element, or 1: divided by it, squares neither vanish nor overflow."""
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    return torch.where(largest == 0, 1.0, largest)
