@@ -32,21 +32,20 @@ int main(int argc, char** argv) try {
   const std::int64_t widths[7] = {9, 1, 3, 1, joints, 3 * joints, 3 * joints};
   std::unique_ptr<char[]> results[7];
   for (int i = 0; i < 7; ++i) results[i].reset(new char[poses * widths[i] * size]);
-  fasthyp::procrustes::align_cuda(
-      {{operands[0].get(), n[3], n[4]},
-       {operands[1].get(), n[5], n[6]},
-       {n[8] ? operands[2].get() : nullptr, n[7], n[8] ? n[8] : 1},
-       n[0] != 0,
-       poses,
-       static_cast<int>(joints),
-       results[0].get(),
-       results[1].get(),
-       results[2].get(),
-       results[3].get(),
-       results[4].get(),
-       results[5].get(),
-       results[6].get()},
-      0, nullptr);
+  fasthyp::procrustes::align_cuda({{operands[0].get(), n[3], n[4]},
+                                   {operands[1].get(), n[5], n[6]},
+                                   {n[8] ? operands[2].get() : nullptr, n[7], n[8] ? n[8] : 1},
+                                   n[0] != 0,
+                                   poses,
+                                   static_cast<int>(joints),
+                                   results[0].get(),
+                                   results[1].get(),
+                                   results[2].get(),
+                                   results[3].get(),
+                                   results[4].get(),
+                                   results[5].get(),
+                                   results[6].get()},
+                                  0, nullptr);
   std::ofstream file(argv[3], std::ios::binary);
   for (int i = 0; i < 7; ++i) file.write(results[i].get(), poses * widths[i] * size);
   return file.good() ? 0 : 1;

@@ -64,9 +64,10 @@ def test_results_are_those_of_the_cpu(
     tolerance = 1e-6 if dtype == torch.float32 else 1e-11
     parts = raw.split([part.numel() for part in want])
     for place, (ours, theirs) in enumerate(zip(parts, want, strict=True)):
-        if joints <= 2 and place in (0, 2, 5, 6):  # no rotation is the best one
+        if joints <= 2 and place in (0, 2, 5, 6):  # several rotations are as good
             continue
-        ours, theirs = (x.reshape(images, number, -1)[:, 8:] for x in (ours, theirs))
+        some = slice(8, None) if joints == 17 else slice(None)  # those with a best rotation
+        ours, theirs = (x.reshape(images, number, -1)[:, some] for x in (ours, theirs))
         torch.testing.assert_close(
             ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=str(place)
         )
