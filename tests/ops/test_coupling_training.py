@@ -47,7 +47,9 @@ class Flow:
             steps, index, dim, cond_dim, element, _C.coupling_lanes(element), log_det=False
         )
         self.weights = [weight.detach().to(dtype).contiguous() for weight in weights]
-        self.linear = [isinstance(step, FoldedLinear) for step in parse(self.plan, self.weights)[0]]
+        self.linear = [
+            isinstance(step, FoldedLinear) for step in parse(self.plan, self.weights)[0]
+        ]
 
     def run(
         self,
@@ -121,14 +123,18 @@ def assert_equals_reference(
             def run(flow: Flow, *args: Any, mode: tuple[int, bool] = mode) -> Any:
                 return flow.run(*args, mode)
 
-            got = gradients(lambda *args: run(double, *args), x, cond, double.weights, inverse)
+            got = gradients(
+                lambda *args: run(double, *args), x, cond, double.weights, inverse
+            )
             for i, (a, b) in enumerate(zip(got, want, strict=True)):
                 assert a.shape == b.shape
                 assert a.dtype == torch.float64
                 error = max_error(a, b) if a.numel() else 0.0
                 limit = tolerance * max(1.0, float(b.abs().max()) if b.numel() else 0.0)
                 assert error <= limit, f"{i}: {error} > {limit}, inverse {inverse}, mode {mode}"
-            got = gradients(lambda *args: run(single, *args), x32, cond32, single.weights, inverse)
+            got = gradients(
+                lambda *args: run(single, *args), x32, cond32, single.weights, inverse
+            )
             for i, (a, near, b) in enumerate(zip(got, peer, exact, strict=True)):
                 if a.numel():
                     name = f"{i}, inverse {inverse}, mode {mode}"
