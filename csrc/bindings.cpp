@@ -23,6 +23,7 @@
 #include "gaussian_fit/gaussian_fit.h"
 #include "heatmaps/heatmaps.h"
 #include "mmd/mmd.h"
+#include "procrustes/procrustes.h"
 
 namespace py = pybind11;
 using namespace fasthyp;
@@ -408,6 +409,48 @@ void mmd_run(Address x, Address y, bool is_double, std::int64_t problems, std::i
 #endif
 }
 
+// --- procrustes ---
+
+// Operands: address, inner, count of procrustes::Rows. Results: addresses, 0 where not wanted, in
+// the order of procrustes::Call. device < 0: the CPU, on `threads_or_stream` threads; else that
+// CUDA device, on that stream.
+using RowsNumbers = std::array<std::int64_t, 3>;
+void procrustes_align(const RowsNumbers& source, const RowsNumbers& target, const RowsNumbers& mask,
+                      bool is_double, std::int64_t poses, std::int64_t joints,
+                      const std::array<Address, 7>& results, int device,
+                      std::uintptr_t threads_or_stream) {
+  constexpr std::int64_t kMostJoints = 1 << 24;
+  if (poses < 0 || joints < 1 || joints > kMostJoints)
+    throw std::invalid_argument("procrustes: expected poses of 1 to " +
+                                std::to_string(kMostJoints) + " joints, got " +
+                                std::to_string(joints));
+  if (poses == 0) return;
+  const auto rows = [](const RowsNumbers& n) {
+    if (n[1] < 1 || n[2] < 1) throw std::invalid_argument("procrustes: expected rows");
+    return procrustes::Rows{pointer<const void>(static_cast<Address>(n[0])), n[1], n[2]};
+  };
+  const procrustes::Call call{rows(source),
+                              rows(target),
+                              rows(mask),
+                              is_double,
+                              poses,
+                              static_cast<int>(joints),
+                              pointer<void>(results[0]),
+                              pointer<void>(results[1]),
+                              pointer<void>(results[2]),
+                              pointer<void>(results[3]),
+                              pointer<void>(results[4]),
+                              pointer<void>(results[5]),
+                              pointer<void>(results[6])};
+  py::gil_scoped_release release;
+  if (device < 0) return procrustes::align(call, static_cast<int>(threads_or_stream));
+#if defined(FASTHYP_WITH_CUDA)
+  procrustes::align_cuda(call, device, pointer<void>(threads_or_stream));
+#else
+  throw std::invalid_argument("procrustes: built without CUDA");
+#endif
+}
+
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
                    std::uint64_t seed, std::int64_t image_offset, int threads) {
   py::gil_scoped_release release;
@@ -469,6 +512,7 @@ PYBIND11_MODULE(_C, m) {
 #if defined(FASTHYP_WITH_CUDA)
   m.def("mmd_cuda_workspace", &mmd::workspace_bytes_cuda);
 #endif
+  m.def("procrustes_align", &procrustes_align);
   m.def("cuda_device_count", [] {
 #if defined(FASTHYP_WITH_CUDA)
     return cuda_device_count();

@@ -227,6 +227,17 @@ def mmd_run(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
+def procrustes_align(
+    source: tuple[int, int, int],
+    target: tuple[int, int, int],
+    mask: tuple[int, int, int],
+    is_double: bool,
+    poses: int,
+    joints: int,
+    results: Sequence[int],
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
 def philox_normal(
     out: int,
     images: int,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import importlib
+import multiprocessing
 import pickle
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
@@ -23,6 +24,9 @@ from tests.metrics.test_procrustes import poses
 DRAWN, TRUTH = 100 * poses(30, 9, 17), 100 * poses(30, 17, seed=1)
 MASK = torch.rand(30, 17, generator=torch.Generator().manual_seed(0)) < 0.7
 MASK[11] = False
+
+FORK = multiprocessing.get_context("fork")
+"""Processes that have imported already what this one has, which takes most of the time."""
 
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
     "MPJPE": (metrics.MPJPE, metrics.mpjpe),
@@ -170,23 +174,32 @@ def test_bad_input() -> None:
         metrics.PCK("best").update([1.0], TRUTH)  # type: ignore[arg-type]
 
 
+def finished(*runs: multiprocessing.process.BaseProcess) -> list[int | None]:
+    """The exit codes of processes, started together."""
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+        run.kill()
+        run.join()
+    return [run.exitcode for run in runs]
+
+
+def without_torchmetrics() -> None:
+    for name in [name for name in sys.modules if name.startswith("fasthyp.metrics")]:
+        del sys.modules[name]
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]
+    fresh = importlib.import_module("fasthyp.metrics")
+    assert fresh is not metrics
+    pose = torch.ones(2, 5, 3)
+    assert fresh.mpjpe(pose, pose).tolist() == [0, 0]
+    with pytest.raises(ImportError, match=r"fasthyp\[metrics\]"):
+        _ = fresh.MPJPE
+
+
 def test_functions_do_without_torchmetrics() -> None:
-    code = textwrap.dedent(
-        """
-        import sys
-        sys.modules["torchmetrics"] = None
-        import fasthyp, torch
-        assert "fasthyp.metrics" not in sys.modules
-        pose = torch.ones(2, 5, 3)
-        assert fasthyp.metrics.mpjpe(pose, pose).tolist() == [0, 0]
-        try:
-            fasthyp.metrics.MPJPE
-        except ImportError as error:
-            assert "fasthyp[metrics]" in str(error)
-        else:
-            raise AssertionError
-        """
-    )
+    assert finished(FORK.Process(target=without_torchmetrics)) == [0]
+    code = "import sys, fasthyp; assert 'fasthyp.metrics' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(metrics.__all__) <= {*dir(metrics), *metrics._CLASSES}
     assert fasthyp.metrics is metrics
@@ -194,32 +207,19 @@ def test_functions_do_without_torchmetrics() -> None:
         _ = metrics.nothing
 
 
+def one_of_two(rank: int, meet: str, wants: dict[str, list[Tensor]]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    part = slice(0, 13) if rank == 0 else slice(13, 30)
+    for name, (metric, arguments) in all_metrics().items():
+        found = flat(in_batches(metric, *(x[part] for x in arguments)).compute())
+        for a, b in zip(found, wants[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+    dist.destroy_process_group()
+
+
 def test_two_processes(tmp_path: Path) -> None:
     """gloo: each process sees a part, each computes the value of everything."""
-    code = textwrap.dedent(
-        f"""
-        import sys, torch
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        import torch.distributed as dist
-        from tests.metrics.test_modular import all_metrics, flat, in_batches
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        wants = {{n: flat(in_batches(m, *a).compute()) for n, (m, a) in all_metrics().items()}}
-        dist.init_process_group(
-            "gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=2
-        )
-        part = slice(0, 13) if rank == 0 else slice(13, 30)
-        for name, (metric, arguments) in all_metrics().items():
-            found = flat(in_batches(metric, *(x[part] for x in arguments)).compute())
-            for a, b in zip(found, wants[name], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
-        dist.destroy_process_group()
-        """
-    )
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        for rank in range(2)
-    ]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    wants = {name: flat(in_batches(m, *a).compute()) for name, (m, a) in all_metrics().items()}
+    arguments = str(tmp_path / "meet"), wants
+    runs = [FORK.Process(target=one_of_two, args=(rank, *arguments)) for rank in range(2)]
+    assert finished(*runs) == [0, 0]

@@ -13,7 +13,7 @@ from fasthyp.metrics import hypotheses as over
 from fasthyp.metrics import pose as single
 from fasthyp.metrics import uncertainty as judged
 from fasthyp.metrics._checks import check_thresholds
-from fasthyp.metrics.procrustes import pa_mpjpe
+from fasthyp.metrics.procrustes import aligned_distances, pa_mpjpe
 
 try:
     from torchmetrics import Metric
@@ -205,11 +205,10 @@ class CPS(_PoseMetric):
         check_thresholds(thresholds, torch.device("cpu"), least=2)
 
     def _values(self, pred: Tensor, truth: Tensor, mask: Tensor | None) -> Tensor:
-        if self.align:
-            from fasthyp.metrics.procrustes import procrustes
-
-            pred = procrustes(pred, truth, mask)(pred)
-        return single.cps(pred, truth.to(pred.dtype), self.thresholds, mask)
+        if not self.align:
+            return single.cps(pred, truth, self.thresholds, mask)
+        worst = single.worst_of(aligned_distances(pred, truth, mask), mask)
+        return single.cps_of_worst(worst, self.thresholds)
 
 
 class Diversity(Metric):

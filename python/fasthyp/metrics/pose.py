@@ -208,8 +208,12 @@ def cps(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    worst = _worst_joint(pred, truth, mask)
-    limits = check_thresholds(thresholds, pred.device, least=2)
+    return cps_of_worst(_worst_joint(pred, truth, mask), thresholds)
+
+
+def cps_of_worst(worst: Tensor, thresholds: Tensor | Sequence[float]) -> Tensor:
+    """:func:`cps` from the largest distance of a joint that counts."""
+    limits = check_thresholds(thresholds, worst.device, least=2)
     step = limits.diff() / 2
     zero = step.new_zeros(1)
     return _weight_above(worst, limits, torch.cat([step, zero]) + torch.cat([zero, step])).to(
@@ -244,8 +248,13 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def _worst_joint(pred: Tensor, truth: Tensor, mask: Tensor | None) -> Tensor:
     """(...) largest distance of the joints that count; infinite where none does."""
-    distance = _distances(pred, truth, mask, None)
-    worst = distance.amax(-1)
+    return worst_of(_distances(pred, truth, mask, None), mask)
+
+
+def worst_of(distances: Tensor, mask: Tensor | None) -> Tensor:
+    """(...) largest of the distances (..., J), 0 where a joint does not count; infinite where none
+    does."""
+    worst = distances.amax(-1)
     return worst if mask is None else worst.masked_fill(~mask.any(-1), torch.inf)
 
 
