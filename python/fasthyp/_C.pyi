@@ -135,6 +135,19 @@ def mmd_run(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
+def skinning_run(
+    sizes: Sequence[int],
+    arrays: Sequence[int],
+    bodies: int,
+    inputs: Sequence[int],
+    strides: Sequence[int],
+    rotation: int,
+    results: Sequence[int],
+    backward: bool,
+    grads: Sequence[int],
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
 def philox_normal(
     out: int,
     images: int,
