@@ -271,7 +271,7 @@ void mmd_run(Address x, Address y, bool is_double, std::int64_t problems, std::i
 // sizes: is_double, shapes, joints, pose_blend, points, outputs. arrays: parents, rest,
 // rest_shapes, columns, base, starts, bones, weights, targets, lift.
 skinning::Model skinning_model(const std::array<std::int64_t, 6>& sizes,
-                               const std::array<Address, 10>& arrays) {
+                               const std::array<Address, 12>& arrays) {
   constexpr std::int64_t kMost = 1 << 20;
   const auto [is_double, shapes, joints, pose_blend, points, outputs] = sizes;
   if (shapes < 0 || shapes > kMost || joints < 1 || joints > kMost || points < 0 || outputs < 0 ||
@@ -287,20 +287,22 @@ skinning::Model skinning_model(const std::array<std::int64_t, 6>& sizes,
           pointer<const void>(arrays[1]),
           pointer<const void>(arrays[2]),
           points,
-          pointer<const void>(arrays[3]),
-          pointer<const void>(arrays[4]),
-          pointer<const std::int32_t>(arrays[5]),
-          pointer<const std::int32_t>(arrays[6]),
-          pointer<const void>(arrays[7]),
+          pointer<const std::int32_t>(arrays[3]),
+          pointer<const std::int32_t>(arrays[4]),
+          pointer<const void>(arrays[5]),
+          pointer<const void>(arrays[6]),
+          pointer<const std::int32_t>(arrays[7]),
           pointer<const std::int32_t>(arrays[8]),
+          pointer<const void>(arrays[9]),
+          pointer<const std::int32_t>(arrays[10]),
           outputs,
-          pointer<const void>(arrays[9])};
+          pointer<const void>(arrays[11])};
 }
 
 // inputs: betas, pose, transl, and how far one body lies from the next. results: out, joints, or
 // backward their gradients. grads: by betas, pose and transl; given in the backward pass alone.
 // device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
-void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Address, 10>& arrays,
+void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Address, 12>& arrays,
                   std::int64_t bodies, const std::array<Address, 3>& inputs,
                   const std::array<std::int64_t, 3>& strides, int rotation,
                   const std::array<Address, 2>& results, bool backward,

@@ -47,13 +47,16 @@ struct Lanes {
   }
   static FASTHYP_INLINE void sincos(Vec<T> x, Vec<T>& s, Vec<T>& c) {
     if constexpr (std::is_same_v<T, float>) {
-      const Vec<T> most = splat<T>(8000);
-      bool small = true;
-      for (int i = 0; i < kLanes<T>; ++i) small &= x[i] < most[i] && x[i] > -most[i];
-      if (small) return quarters(x, s, c);
+      quarters(x, s, c);
+      for (int i = 0; i < kLanes<T>; ++i)  // each lane by itself
+        if (!(x[i] < 8000 && x[i] > -8000)) {
+          s[i] = std::sin(x[i]);
+          c[i] = std::cos(x[i]);
+        }
+    } else {
+      s = detail::lanewise<T>(x, [](T v) { return std::sin(v); });
+      c = detail::lanewise<T>(x, [](T v) { return std::cos(v); });
     }
-    s = detail::lanewise<T>(x, [](T v) { return std::sin(v); });
-    c = detail::lanewise<T>(x, [](T v) { return std::cos(v); });
   }
 
  private:
@@ -246,19 +249,35 @@ void pose(const Call& call, std::int64_t index, const Memory& memory) {
 
 // --- points of a tile, in the body at rest ---
 
+// The features that move the points of a tile.
+template <class T>
+struct Rows {
+  const std::int32_t* features;
+  const T* columns;
+  int count;
+  Rows(const Model& model, std::int64_t tile) {
+    const std::int32_t first = model.row_starts[tile];
+    features = model.rows + first;
+    columns = static_cast<const T*>(model.columns) + std::int64_t{first} * kColumns;
+    count = model.row_starts[tile + 1] - first;
+  }
+};
+
 // sums (kCount columns) += features x columns
 template <int kAcross, int kCount, class T>
-FASTHYP_INLINE void place_columns(const T* features, const T* columns, int count, T* sums) {
+FASTHYP_INLINE void place_columns(const T* features, const std::int32_t* rows, const T* columns,
+                                  int count, T* sums) {
   constexpr int L = kGroup<T>;
   Vec<T> acc[kCount][kAcross];
 #pragma GCC unroll 24
   for (int c = 0; c < kCount; ++c)
 #pragma GCC unroll 2
     for (int v = 0; v < kAcross; ++v) acc[c][v] = load(sums + c * L + v * kLanes<T>);
-  for (int k = 0; k < count; ++k, features += L, columns += kColumns) {
+  for (int k = 0; k < count; ++k, columns += kColumns) {
+    const T* feature = features + rows[k] * L;
     Vec<T> x[kAcross];
 #pragma GCC unroll 2
-    for (int v = 0; v < kAcross; ++v) x[v] = load(features + v * kLanes<T>);
+    for (int v = 0; v < kAcross; ++v) x[v] = load(feature + v * kLanes<T>);
 #pragma GCC unroll 24
     for (int c = 0; c < kCount; ++c) {
       const Vec<T> w = splat<T>(columns[c]);
@@ -273,18 +292,19 @@ FASTHYP_INLINE void place_columns(const T* features, const T* columns, int count
 }
 
 template <int kAcross, class T>
-void place_tile(const T* features, const T* columns, int count, T* sums) {
+void place_tile(const T* features, const std::int32_t* rows, const T* columns, int count, T* sums) {
   constexpr int kCount = kRegisters / kAcross;
   static_assert(kColumns % kCount == 0);
   for (int k = 0; k < count; k += kChunk)
     for (int c = 0; c < kColumns; c += kCount)
-      place_columns<kAcross, kCount>(features + k * kGroup<T>, columns + k * kColumns + c,
+      place_columns<kAcross, kCount>(features, rows + k, columns + k * kColumns + c,
                                      std::min(kChunk, count - k), sums + c * kGroup<T>);
 }
 
 // The same for the first kBodies lanes, by vectors over the columns.
 template <int kBodies, class T>
-void place_tile_of_few(const T* features, const T* columns, int count, T* sums) {
+void place_tile_of_few(const T* features, const std::int32_t* rows, const T* columns, int count,
+                       T* sums) {
   constexpr int kWidth = std::min(kLanes<T>, 8);
   typedef T V __attribute__((vector_size(kWidth * sizeof(T))));
   constexpr int kAcross = kColumns / kWidth;
@@ -310,7 +330,7 @@ void place_tile_of_few(const T* features, const T* columns, int count, T* sums) 
 #pragma GCC unroll 3
       for (int b = 0; b < kBodies; ++b) {
         V x;
-        for (int i = 0; i < kWidth; ++i) x[i] = features[k * kGroup<T> + b];
+        for (int i = 0; i < kWidth; ++i) x[i] = features[rows[k] * kGroup<T> + b];
 #pragma GCC unroll 6
         for (int i = 0; i < kHalf; ++i) acc[b][i] = step(w[i], x, acc[b][i]);
       }
@@ -326,19 +346,18 @@ void place_tile_of_few(const T* features, const T* columns, int count, T* sums) 
 template <class T>
 FASTHYP_INLINE void place_points(const Group<T>& group, std::int64_t tile, T* sums) {
   constexpr int L = kGroup<T>;
-  const int count = group.model.features();
-  const T* columns = static_cast<const T*>(group.model.columns) + tile * count * kColumns;
+  const Rows<T> r(group.model, tile);
   std::fill_n(sums, kColumns * L, T(0));
   if (group.bodies == 1)
-    place_tile_of_few<1>(group.features, columns, count, sums);
+    place_tile_of_few<1>(group.features, r.features, r.columns, r.count, sums);
   else if (group.bodies == 2)
-    place_tile_of_few<2>(group.features, columns, count, sums);
+    place_tile_of_few<2>(group.features, r.features, r.columns, r.count, sums);
   else if (group.bodies <= kFew)
-    place_tile_of_few<kFew>(group.features, columns, count, sums);
+    place_tile_of_few<kFew>(group.features, r.features, r.columns, r.count, sums);
   else if (group.vectors == 1)
-    place_tile<1>(group.features, columns, count, sums);
+    place_tile<1>(group.features, r.features, r.columns, r.count, sums);
   else
-    place_tile<2>(group.features, columns, count, sums);
+    place_tile<2>(group.features, r.features, r.columns, r.count, sums);
   // Last what is largest: the sums before are short and keep their digits.
   const T* base = static_cast<const T*>(group.model.base) + tile * kColumns;
   for (int c = 0; c < kColumns; ++c)
@@ -437,13 +456,14 @@ void points(const Call& call, std::int64_t first_group, int groups, std::int64_t
 
 // grads (kCount features) += columns x place_grads
 template <int kCount, class T>
-FASTHYP_INLINE void gather_features(const T* columns, const T* place_grads, T* grads) {
+FASTHYP_INLINE void gather_features(const std::int32_t* rows, const T* columns,
+                                    const T* place_grads, T* grads) {
   constexpr int L = kGroup<T>;
   Vec<T> acc[kCount][kVectors];
 #pragma GCC unroll 12
   for (int k = 0; k < kCount; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[k][v] = load(grads + k * L + v * kLanes<T>);
+    for (int v = 0; v < kVectors; ++v) acc[k][v] = load(grads + rows[k] * L + v * kLanes<T>);
   for (int c = 0; c < kColumns; ++c) {
     Vec<T> x[kVectors];
 #pragma GCC unroll 2
@@ -458,7 +478,7 @@ FASTHYP_INLINE void gather_features(const T* columns, const T* place_grads, T* g
 #pragma GCC unroll 12
   for (int k = 0; k < kCount; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(grads + k * L + v * kLanes<T>, acc[k][v]);
+    for (int v = 0; v < kVectors; ++v) store(grads + rows[k] * L + v * kLanes<T>, acc[k][v]);
 }
 
 // One point: from the gradient of its place after the bones to that before them, in place.
@@ -493,15 +513,13 @@ void points_backward(const Call& call, std::int64_t first_group, int groups,
   const Model& model = call.model;
   const T* lift = static_cast<const T*>(model.lift);
   const std::int64_t stride = 3 * model.outputs;
-  const int features = model.features();
   T* places = static_cast<T*>(memory.work);
   T* by_place = places + kColumns * L;
   T* of_outputs = by_place + kColumns * L;  // where outputs are sums of points
   for (std::int64_t t = 0; t < tiles; ++t) {
     const std::int64_t begin = (first_tile + t) * kTile;
     const std::int64_t end = std::min(begin + kTile, model.points);
-    const T* columns =
-        static_cast<const T*>(model.columns) + (first_tile + t) * features * kColumns;
+    const Rows<T> r(model, first_tile + t);
     for (int g = 0; g < groups; ++g) {
       const Group<T> group(call, first_group + g, memory.groups);
       const Grads<T> grads(model, g, memory.grads);
@@ -545,10 +563,10 @@ void points_backward(const Call& call, std::int64_t first_group, int groups,
         }
       constexpr int kCount = kRegisters / kVectors;
       int k = 0;
-      for (; k + kCount <= features; k += kCount)
-        gather_features<kCount>(columns + k * kColumns, by_place, grads.features + k * L);
-      for (; k < features; ++k)
-        gather_features<1>(columns + k * kColumns, by_place, grads.features + k * L);
+      for (; k + kCount <= r.count; k += kCount)
+        gather_features<kCount>(r.features + k, r.columns + k * kColumns, by_place, grads.features);
+      for (; k < r.count; ++k)
+        gather_features<1>(r.features + k, r.columns + k * kColumns, by_place, grads.features);
     }
   }
 }

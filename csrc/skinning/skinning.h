@@ -34,7 +34,10 @@ struct Model {
   const void* rest;             // (joints, 3), of the body whose shape is zero
   const void* rest_shapes;      // (joints, 3, shapes)
   std::int64_t points;
-  const void* columns;         // (tiles, features, kColumns), coordinates of a point side by side
+  // A tile keeps columns for the features that move its points.
+  const std::int32_t* row_starts;  // (tiles + 1), where those of a tile are listed
+  const std::int32_t* rows;        // (row_starts[tiles]), features
+  const void* columns;         // (row_starts[tiles], kColumns), coordinates of a point side by side
   const void* base;            // (tiles, kColumns)
   const std::int32_t* starts;  // (points + 1), where the bones of a point are listed
   const std::int32_t* bones;   // (starts[points])

@@ -168,10 +168,12 @@ class SkinningModel:
         that a linear regressor (K, V) takes from the posed vertices, see :func:`fold_joints`."""
         if regressor is None:
             return self(betas, rotations, transl, rotation, vertices=False)[1]
-        return regress_joints(self.fold(regressor), betas, rotations, transl, rotation=rotation)
+        pose, rotation = _joint_numbers(rotations, rotation, self.parents.numel())
+        return self.fold(regressor).points(betas, pose, transl, rotation)[0]
 
     def fold(self, regressor: Tensor) -> FoldedJoints:
         """:func:`fold_joints` for this model; those of the last few regressors are remembered."""
+        _check_regressor(regressor, self.v_template, self.lbs_weights.shape[0])
         now, key = _stamp((*self.arrays, regressor)), id(regressor)
         with self._lock:
             found = self._folded.get(key)
@@ -224,18 +226,7 @@ def fold_joints(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     _check_model(v_template, shapedirs, posedirs, J_regressor, parents, lbs_weights)
-    count = lbs_weights.shape[0]
-    if not isinstance(regressor, Tensor):
-        raise TypeError(f"regressor: expected a torch.Tensor, got {type(regressor).__name__}")
-    if regressor.ndim != 2 or regressor.shape[1] != count:
-        raise ValueError(f"regressor: expected shape (K, {count}), got {tuple(regressor.shape)}")
-    if not regressor.is_floating_point():
-        raise TypeError(f"regressor: expected floating numbers, got {regressor.dtype}")
-    if regressor.device != v_template.device:
-        raise ValueError(
-            f"regressor: expected on {v_template.device} as v_template, got it on "
-            f"{regressor.device}"
-        )
+    _check_regressor(regressor, v_template, lbs_weights.shape[0])
     with torch.no_grad():
         dense = regressor.detach().to_dense().to("cpu", torch.float64)
         wide = lbs_weights.detach().to("cpu", torch.float64)
@@ -451,6 +442,20 @@ def _check_model(
             )
 
 
+def _check_regressor(regressor: Tensor, v_template: Tensor, count: int) -> None:
+    if not isinstance(regressor, Tensor):
+        raise TypeError(f"regressor: expected a torch.Tensor, got {type(regressor).__name__}")
+    if regressor.ndim != 2 or regressor.shape[1] != count:
+        raise ValueError(f"regressor: expected shape (K, {count}), got {tuple(regressor.shape)}")
+    if not regressor.is_floating_point():
+        raise TypeError(f"regressor: expected floating numbers, got {regressor.dtype}")
+    if regressor.device != v_template.device:
+        raise ValueError(
+            f"regressor: expected on {v_template.device} as v_template, got it on "
+            f"{regressor.device}"
+        )
+
+
 def _checked_parents(parents: Tensor) -> Tensor:
     """As int32, the first one 0."""
     listed = parents.tolist()
@@ -556,7 +561,11 @@ def _points(
     tiles = -(-number // reference.TILE)
     padded = directions.new_zeros(tiles * reference.TILE, *directions.shape[1:])
     padded[:number] = directions
-    tiled = padded.reshape(tiles, ops.COLUMNS, -1)
+    tiled = padded.reshape(tiles, ops.COLUMNS, directions.shape[-1])
+    columns = tiled[..., 1:].mT
+    moving = (columns != 0).any(-1)  # what moves points of a tile
+    row_starts = torch.zeros(tiles + 1, dtype=torch.int32)
+    row_starts[1:] = moving.sum(1).cumsum(0)
     regressor = J_regressor.detach().to_dense().double()
     at_rest = (
         regressor @ v_template.detach().reshape(-1, 3).double(),
@@ -575,13 +584,16 @@ def _points(
         parents=index(_checked_parents(parents)),
         rest=put(at_rest[0]),
         rest_shapes=put(at_rest[1].unflatten(1, (3, -1))),
-        columns=put(tiled[..., 1:].mT),
+        row_starts=index(row_starts),
+        rows=index(moving.nonzero()[:, 1]),
+        columns=put(columns[moving]),
         base=put(tiled[..., 0]),
         starts=index(starts),
         bones=index(bones),
         weights=put(weights),
         targets=None if targets is None else index(targets),
         lift=None if lift is None else put(lift),
+        pose_blend=directions.shape[-1] > 1 + shapedirs.shape[-1],
     )
 
 

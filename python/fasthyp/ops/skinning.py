@@ -25,13 +25,16 @@ class Points:
     parents: Tensor  # (J)
     rest: Tensor  # (J, 3)
     rest_shapes: Tensor  # (J, 3, shapes)
-    columns: Tensor  # (tiles, features, 24)
+    row_starts: Tensor  # (tiles + 1)
+    rows: Tensor  # (rows), features
+    columns: Tensor  # (rows, 24)
     base: Tensor  # (tiles, 24)
     starts: Tensor  # (points + 1)
     bones: Tensor  # (entries)
     weights: Tensor  # (entries, 2)
     targets: Tensor | None  # (points)
     lift: Tensor | None  # (outputs)
+    pose_blend: bool  # whether the rotations are features
 
     @property
     def outputs(self) -> int:
@@ -42,7 +45,7 @@ class Points:
     @property
     def arrays(self) -> tuple[Tensor | None, ...]:
         """The arrays in the order of the op's arguments."""
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        return tuple(getattr(self, name) for name in ARRAYS)
 
     def __call__(
         self,
@@ -53,10 +56,19 @@ class Points:
         want_outputs: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Outputs (B, outputs, 3), empty unless wanted, and joints (B, J, 3)."""
-        arguments = (betas, pose, transl, *self.arrays, rotation, self.outputs, want_outputs)
-        if why_reference(betas):
+        for name, tensor in (("betas", betas), ("pose", pose), ("transl", transl)):
+            if tensor is not None and not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        arguments = (
+            *(betas, pose, transl, *self.arrays, self.pose_blend),
+            *(rotation, self.outputs, want_outputs),
+        )
+        if why_reference(self.rest):
             return reference.skin(*arguments)  # type: ignore[arg-type]
         return skinning(*arguments)
+
+
+ARRAYS = tuple(Points.__dataclass_fields__)[:-1]
 
 
 def why_reference(like: Tensor) -> str | None:
@@ -93,12 +105,16 @@ def check_bodies(
         raise ValueError(f"pose: expected {joints} rotations, got shape {tuple(pose.shape)}")
     if transl is not None and (transl.ndim != 2 or transl.shape[1] != 3):
         raise ValueError(f"transl: expected shape (B, 3), got {tuple(transl.shape)}")
-    counts = {name: tensor.shape[0] for name, tensor in given.items()}
-    sizes = set(counts.values()) - {1}
-    if len(sizes) > 1:
-        listed = ", ".join(f"{count} {name}" for name, count in counts.items())
-        raise ValueError(f"betas, pose, transl: expected as many of each or one, got {listed}")
-    return sizes.pop() if sizes else 1
+    count = 1
+    for tensor in given.values():
+        size = tensor.shape[0]
+        if size == 1:
+            continue
+        if count not in (1, size):
+            listed = ", ".join(f"{t.shape[0]} {name}" for name, t in given.items())
+            raise ValueError(f"betas, pose, transl: expected as many of each or one, got {listed}")
+        count = size
+    return count
 
 
 def check(
@@ -123,17 +139,14 @@ def check(
         )
     number = points.starts.numel() - 1
     tiles, entries = -(-number // reference.TILE), points.bones.numel()
-    features = points.columns.shape[1] if points.columns.ndim == 3 else -1
-    if features not in (shapes, shapes + 9 * (joints - 1)):
-        raise ValueError(
-            f"columns: expected {shapes} features or {shapes + 9 * (joints - 1)}, "
-            f"got shape {tuple(points.columns.shape)}"
-        )
+    rows = points.rows.numel()
     expected: dict[str, tuple[int, ...]] = {
         "parents": (joints,),
         "rest": (joints, 3),
         "rest_shapes": (joints, 3, shapes),
-        "columns": (tiles, features, COLUMNS),
+        "row_starts": (tiles + 1,),
+        "rows": (rows,),
+        "columns": (rows, COLUMNS),
         "base": (tiles, COLUMNS),
         "starts": (number + 1,),
         "bones": (entries,),
@@ -141,7 +154,7 @@ def check(
         "targets": (number,),
         "lift": (outputs,),
     }
-    integers = ("parents", "starts", "bones", "targets")
+    integers = ("parents", "row_starts", "rows", "starts", "bones", "targets")
     for name, shape in expected.items():
         tensor = getattr(points, name)
         if tensor is None:
@@ -186,7 +199,7 @@ def _call(
         count = results[1].shape[0]
     given = [t if t is None else t.contiguous() for t in (betas, pose, transl)]
     sizes = (
-        *(betas.dtype == torch.float64, shapes, joints, points.columns.shape[1] != shapes),
+        *(betas.dtype == torch.float64, shapes, joints, points.pose_blend),
         *(points.starts.numel() - 1, outputs),
     )
     _C.skinning_run(
@@ -256,7 +269,7 @@ def _allocate_grads(betas: Tensor, pose: Tensor, count: int) -> tuple[Tensor, Te
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.rotation, ctx.outputs, ctx.want_outputs = inputs
+    *tensors, ctx.pose_blend, ctx.rotation, ctx.outputs, ctx.want_outputs = inputs
     ctx.save_for_backward(*tensors)
     if not ctx.want_outputs:
         ctx.mark_non_differentiable(output[0])
@@ -268,15 +281,16 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     given, needs = tensors[:3], ctx.needs_input_grad[:3]
-    rest = (None,) * 13
+    rest = (None,) * 16
     if not ctx.want_outputs:
         out_grad = None
     if out_grad is None and joints_grad is None:
         return None, None, None, *rest
-    if any(ctx.needs_input_grad[3:13]):
+    if any(ctx.needs_input_grad[3:15]):
         raise RuntimeError("fasthyp::skinning has no gradient for the arrays of a model")
     if torch.is_grad_enabled():  # of second order: the reference, which has derivatives itself
-        results = reference.skin(*tensors, ctx.rotation, ctx.outputs, ctx.want_outputs)  # type: ignore[call-arg]
+        settings = ctx.pose_blend, ctx.rotation, ctx.outputs, ctx.want_outputs
+        results = reference.skin(*tensors, *settings)  # type: ignore[call-arg]
         pairs = zip(results, (out_grad, joints_grad), strict=True)
         values, cotangents = zip(*((r, g) for r, g in pairs if g is not None), strict=True)
         wanted = [tensor for tensor, need in zip(given, needs, strict=True) if need]
@@ -284,7 +298,8 @@ def _backward(
             torch.autograd.grad(values, wanted, cotangents, create_graph=True, allow_unused=True)
         )
         return *(next(second) if need else None for need in needs), *rest
-    found = skinning_backward(out_grad, joints_grad, *tensors, ctx.rotation, ctx.outputs)
+    settings = ctx.pose_blend, ctx.rotation, ctx.outputs, ctx.want_outputs
+    found = skinning_backward(out_grad, joints_grad, *tensors, *settings[:3])
     return (
         *(
             None if not need else grad.sum(0, keepdim=True) if tensor.shape[0] < len(grad) else grad
@@ -296,8 +311,9 @@ def _backward(
 
 _MODEL = (
     "Tensor betas, Tensor pose, Tensor? transl, Tensor parents, Tensor rest, Tensor rest_shapes, "
-    "Tensor columns, Tensor base, Tensor starts, Tensor bones, Tensor weights, Tensor? targets, "
-    "Tensor? lift, str rotation, int outputs"
+    "Tensor row_starts, Tensor rows, Tensor columns, Tensor base, Tensor starts, Tensor bones, "
+    "Tensor weights, Tensor? targets, "
+    "Tensor? lift, bool pose_blend, str rotation, int outputs"
 )
 LIBRARY.define(f"skinning({_MODEL}, bool want_outputs) -> (Tensor, Tensor)")
 LIBRARY.define(

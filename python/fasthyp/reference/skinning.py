@@ -115,6 +115,8 @@ def skin(
     parents: Tensor,
     rest: Tensor,
     rest_shapes: Tensor,
+    row_starts: Tensor,
+    rows: Tensor,
     columns: Tensor,
     base: Tensor,
     starts: Tensor,
@@ -122,6 +124,7 @@ def skin(
     weights: Tensor,
     targets: Tensor | None,
     lift: Tensor | None,
+    pose_blend: bool,
     rotation: str,
     outputs: int,
     want_outputs: bool,
@@ -137,12 +140,15 @@ def skin(
     if not want_outputs:
         return betas.new_empty(0), joints
     points = starts.numel() - 1
-    features = features[:, : columns.shape[1]]
-    places = torch.einsum("bf,tfc->btc", features, columns) + base
+    tiles = torch.repeat_interleave(torch.arange(len(base), device=bones.device), row_starts.diff())
+    products = features[:, rows, None] * columns
+    places = features.new_zeros(batch, *base.shape).index_add(1, tiles, products) + base
     places = places.reshape(batch, -1, 3)[:, :points]
-    rows = torch.repeat_interleave(torch.arange(points, device=bones.device), starts.diff().long())
+    owners = torch.repeat_interleave(torch.arange(points, device=bones.device), starts.diff())
     dense = weights.new_zeros(2, points, parents.numel())
-    dense = dense.index_put((torch.arange(2, device=bones.device)[:, None], rows, bones), weights.T)
+    dense = dense.index_put(
+        (torch.arange(2, device=bones.device)[:, None], owners, bones), weights.T
+    )
     turns = torch.einsum("pj,bjik->bpik", dense[0], turned)
     found = (turns @ places[..., None])[..., 0] + torch.einsum("pj,bji->bpi", dense[1], shifts)
     if targets is not None:
