@@ -306,7 +306,7 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
                   std::int64_t bodies, const std::array<Address, 3>& inputs,
                   const std::array<std::int64_t, 3>& strides, int rotation,
                   const std::array<Address, 2>& results, bool backward,
-                  const std::array<Address, 3>& grads, int device,
+                  const std::array<Address, 3>& grads, Address workspace, int device,
                   std::uintptr_t threads_or_stream) {
   if (rotation < 0 || rotation >= skinning::kRotations)
     throw std::invalid_argument("skinning: unknown rotations");
@@ -332,9 +332,26 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
     call.joints = pointer<void>(results[1]);
   }
   py::gil_scoped_release release;
-  if (device >= 0) throw std::invalid_argument("skinning: built without CUDA");
-  (backward ? skinning::backward : skinning::forward)(call, static_cast<int>(threads_or_stream));
+  if (device < 0) {
+    const auto run = backward ? skinning::backward : skinning::forward;
+    return run(call, static_cast<int>(threads_or_stream));
+  }
+#if defined(FASTHYP_WITH_CUDA)
+  if (backward) throw std::invalid_argument("skinning: no gradients on CUDA");
+  skinning::forward_cuda(call, pointer<std::byte>(workspace), device,
+                         pointer<void>(threads_or_stream));
+#else
+  static_cast<void>(workspace);
+  throw std::invalid_argument("skinning: built without CUDA");
+#endif
 }
+
+#if defined(FASTHYP_WITH_CUDA)
+std::int64_t skinning_cuda_workspace(const std::array<std::int64_t, 6>& sizes,
+                                     const std::array<Address, 12>& arrays, std::int64_t bodies) {
+  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies);
+}
+#endif
 
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
                    std::uint64_t seed, std::int64_t image_offset, int threads) {
@@ -391,6 +408,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("mmd_cuda_workspace", &mmd::workspace_bytes_cuda);
 #endif
   m.def("skinning_run", &skinning_run);
+#if defined(FASTHYP_WITH_CUDA)
+  m.def("skinning_cuda_workspace", &skinning_cuda_workspace);
+#endif
   m.def("cuda_device_count", [] {
 #if defined(FASTHYP_WITH_CUDA)
     return cuda_device_count();

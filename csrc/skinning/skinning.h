@@ -6,6 +6,7 @@
 // takes from the vertices is a sum of a few such points, usually one for each bone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/host_device.h"
@@ -72,6 +73,11 @@ struct Call {
 
 void forward(const Call& call, int threads);
 void backward(const Call& call, int threads);
+
+// On the device that holds the arrays, on that stream (a cudaStream_t), without waiting for it.
+void forward_cuda(const Call& call, std::byte* workspace, int device, void* stream);
+// Bytes of workspace, aligned to 16, for a call of so many bodies.
+std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies);
 
 // --- what a SIMD level provides (cpu_kernels.cpp) ---
 

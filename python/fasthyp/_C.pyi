@@ -135,6 +135,7 @@ def mmd_run(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
+def skinning_cuda_workspace(sizes: Sequence[int], arrays: Sequence[int], bodies: int) -> int: ...
 def skinning_run(
     sizes: Sequence[int],
     arrays: Sequence[int],
@@ -145,6 +146,7 @@ def skinning_run(
     results: Sequence[int],
     backward: bool,
     grads: Sequence[int],
+    workspace: int,
     device: int,
     threads_or_stream: int,
 ) -> None: ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthyp import _C, _environment
-from fasthyp.ops._library import LIBRARY, address
+from fasthyp.ops._library import LIBRARY, address, current_stream
 from fasthyp.reference import skinning as reference
 
 DTYPES = (torch.float32, torch.float64)
@@ -63,7 +63,11 @@ class Points:
             *(betas, pose, transl, *self.arrays, self.pose_blend),
             *(rotation, self.outputs, want_outputs),
         )
-        if why_reference(self.rest):
+        given = (betas, pose) if transl is None else (betas, pose, transl)
+        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        if why_reference(self.rest, gradients):
+            shapes, joints = self.rest_shapes.shape[-1], self.rest.shape[0]
+            check_bodies(betas, pose, transl, shapes, joints, self.rest)
             return reference.skin(*arguments)  # type: ignore[arg-type]
         return skinning(*arguments)
 
@@ -71,14 +75,17 @@ class Points:
 ARRAYS = tuple(Points.__dataclass_fields__)[:-1]
 
 
-def why_reference(like: Tensor) -> str | None:
-    """Why the kernels do not run on such a tensor, if they do not."""
+def why_reference(like: Tensor, gradients: bool = False) -> str | None:
+    """Why the kernels do not run on such a tensor, with gradients or without, if they do not."""
     if _environment.backend() == "reference":
         return "FASTHYP_BACKEND=reference"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
-    if like.device.type != "cpu":
-        return f"on {like.device}, and the skinning kernels run on CPUs"
+    kind = like.device.type
+    if kind == "cuda" and _C.cuda_archs is not None:
+        return "gradients on CUDA" if gradients else None
+    if kind != "cpu":
+        return f"on {like.device}, and the skinning kernels run on CPUs and, if built, on CUDA"
     return None
 
 
@@ -202,9 +209,14 @@ def _call(
         *(betas.dtype == torch.float64, shapes, joints, points.pose_blend),
         *(points.starts.numel() - 1, outputs),
     )
+    arrays = [address(tensor) for tensor in points.arrays]
+    on_cpu, workspace = betas.device.type == "cpu", None
+    if not on_cpu:
+        size = _C.skinning_cuda_workspace(sizes, arrays, count)
+        workspace = betas.new_empty(size, dtype=torch.uint8)
     _C.skinning_run(
         sizes,
-        [address(tensor) for tensor in points.arrays],
+        arrays,
         count,
         [address(tensor) for tensor in given],
         [0 if t is None or t.shape[0] == 1 else t[0].numel() if t.numel() else 0 for t in given],
@@ -212,9 +224,14 @@ def _call(
         [address(tensor) for tensor in results],
         grads is not None,
         [address(tensor) for tensor in grads or (None, None, None)],
-        -1,
-        _environment.num_threads(),
+        address(workspace),
+        *((-1, _environment.num_threads()) if on_cpu else _place(betas)),
     )
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    index = tensor.device.index
+    return index, current_stream(index)
 
 
 def _allocate(
@@ -322,6 +339,8 @@ LIBRARY.define(
 )
 LIBRARY.impl("skinning", _run, "CPU")
 LIBRARY.impl("skinning_backward", _run_backward, "CPU")
+if _C.cuda_archs is not None:
+    LIBRARY.impl("skinning", _run, "CUDA")  # its gradients: the reference's
 torch.library.register_fake("fasthyp::skinning", _fake, lib=LIBRARY)
 torch.library.register_fake("fasthyp::skinning_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd(
