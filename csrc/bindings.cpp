@@ -337,9 +337,8 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
     return run(call, static_cast<int>(threads_or_stream));
   }
 #if defined(FASTHYP_WITH_CUDA)
-  if (backward) throw std::invalid_argument("skinning: no gradients on CUDA");
-  skinning::forward_cuda(call, pointer<std::byte>(workspace), device,
-                         pointer<void>(threads_or_stream));
+  (backward ? skinning::backward_cuda : skinning::forward_cuda)(
+      call, pointer<std::byte>(workspace), device, pointer<void>(threads_or_stream));
 #else
   static_cast<void>(workspace);
   throw std::invalid_argument("skinning: built without CUDA");
@@ -348,8 +347,9 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
 
 #if defined(FASTHYP_WITH_CUDA)
 std::int64_t skinning_cuda_workspace(const std::array<std::int64_t, 6>& sizes,
-                                     const std::array<Address, 12>& arrays, std::int64_t bodies) {
-  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies);
+                                     const std::array<Address, 12>& arrays, std::int64_t bodies,
+                                     bool backward) {
+  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies, backward);
 }
 #endif
 

@@ -76,8 +76,9 @@ void backward(const Call& call, int threads);
 
 // On the device that holds the arrays, on that stream (a cudaStream_t), without waiting for it.
 void forward_cuda(const Call& call, std::byte* workspace, int device, void* stream);
+void backward_cuda(const Call& call, std::byte* workspace, int device, void* stream);
 // Bytes of workspace, aligned to 16, for a call of so many bodies.
-std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies);
+std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies, bool backward);
 
 // --- what a SIMD level provides (cpu_kernels.cpp) ---
 
@@ -86,7 +87,7 @@ std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies);
 // joints at rest (3) and posed (3), translation, of `lanes` numbers each.
 struct GroupSizes {
   int features, bones, local, rest, posed, transl, total;
-  explicit GroupSizes(const Model& m)
+  FASTHYP_HD explicit GroupSizes(const Model& m)
       : features(0),
         bones(m.features()),
         local(bones + 12 * m.joints),
@@ -99,7 +100,7 @@ struct GroupSizes {
 // The gradients of a group by its features, its bones and its translation.
 struct GradSizes {
   int features, bones, transl, total;
-  explicit GradSizes(const Model& m)
+  FASTHYP_HD explicit GradSizes(const Model& m)
       : features(0), bones(m.features()), transl(bones + 12 * m.joints), total(transl + 3) {}
 };
 

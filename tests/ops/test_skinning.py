@@ -724,3 +724,63 @@ def test_the_backend_can_be_the_reference(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("FASTHYP_BACKEND", "reference")
     monkeypatch.setattr(ops, "skinning", None)
     torch.testing.assert_close(body.SkinningModel(*arrays)(*given), expected, **EXACT)
+
+
+# --- CUDA ---
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or _C.cuda_archs is None,
+    reason="needs a CUDA device and a build with CUDA kernels",
+)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rotation", reference.ROTATIONS)
+@pytest.mark.parametrize("count", [0, 1, 33, 1000])
+def test_cuda_is_as_the_cpu(dtype: torch.dtype, rotation: Any, count: int) -> None:
+    arrays = random_model(700, 24, 10, dtype=dtype)
+    there = tuple(None if a is None else a.cuda() for a in arrays)
+    regressor = regressors(700, 24)["dense"].to(dtype)
+    given = random_bodies(count, arrays, rotation, shapes=1 if count == 33 else -1)
+    moved = tuple(t.detach().cuda().requires_grad_() for t in given)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    results = []
+    for model, bodies, matrix in (
+        (body.SkinningModel(*arrays), given, regressor),
+        (body.SkinningModel(*there), moved, regressor.cuda()),
+    ):
+        found = (
+            *model(*bodies, rotation=rotation),
+            model.joints(*bodies, rotation=rotation, regressor=matrix),
+        )
+        by_all = torch.autograd.grad(sum(f.sin().sum() for f in found), bodies)  # type: ignore
+        results.append((*found, *by_all))
+    for on_cpu, on_cuda in zip(*results, strict=True):
+        scale = max([1.0, *on_cpu.detach().abs().flatten()[:1000].tolist()])
+        torch.testing.assert_close(on_cuda.cpu(), on_cpu, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_cuda_graph_and_stream() -> None:
+    arrays = random_model(dtype=torch.float32)
+    model = body.SkinningModel(*(a.cuda() for a in arrays))
+    given = tuple(t.detach().cuda() for t in random_bodies(40, arrays))
+    expected = model(*given)
+    static = tuple(torch.zeros_like(t) for t in given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(model(*given)[0], expected[0])
+        model(*static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(*static)
+    for to, source in zip(static, given, strict=True):
+        to.copy_(source)
+    graph.replay()
+    for ours, theirs in zip(captured, expected, strict=True):
+        assert torch.equal(ours, theirs)

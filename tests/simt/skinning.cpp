@@ -2,7 +2,8 @@
 // Input: 14 int64 (is_double, shapes, joints, pose_blend, points, outputs, bodies, betas, poses,
 // rotation, translated, targets, rows, bones: numbers of them), then parents, rest, rest_shapes,
 // row_starts, rows, columns, base, starts, bones, weights, targets and lift where there are
-// targets, betas, pose, transl. Output: outputs, joints, as in csrc/skinning.
+// targets, betas, pose, transl, gradients by the outputs and joints. Output: outputs, joints, and
+// the gradients by betas, pose and transl, as in csrc/skinning.
 #include "skinning/skinning.h"
 
 #include <algorithm>
@@ -63,18 +64,31 @@ int main(int argc, char** argv) try {
   call.betas_stride = n[7] == 1 ? 0 : n[1];
   call.pose_stride = n[8] == 1 ? 0 : numbers;
   call.transl_stride = 3;
+  call.out_grad = read(n[6] * outputs * 3, size);
+  call.joints_grad = read(n[6] * joints * 3, size);
   if (!in) throw std::runtime_error("input too short");
   const std::int64_t out_bytes = n[6] * outputs * 3 * size, joint_bytes = n[6] * joints * 3 * size;
   const std::unique_ptr<char[]> out(new char[out_bytes]), posed(new char[joint_bytes]);
   call.out = out.get();
   call.joints = posed.get();
-  const std::int64_t bytes = workspace_bytes_cuda(m, n[6]);
-  const std::unique_ptr<std::byte[]> workspace(new std::byte[bytes]);
-  std::fill_n(workspace.get(), bytes, std::byte{0xff});  // NaN
-  forward_cuda(call, workspace.get(), 0, nullptr);
+  const auto workspace = [&](bool backward) {
+    const std::int64_t bytes = workspace_bytes_cuda(m, n[6], backward);
+    std::unique_ptr<std::byte[]> memory(new std::byte[bytes]);
+    std::fill_n(memory.get(), bytes, std::byte{0xff});  // NaN
+    return memory;
+  };
+  forward_cuda(call, workspace(false).get(), 0, nullptr);
+  const std::int64_t grad_bytes[3] = {n[6] * n[1] * size, n[6] * numbers * size, n[6] * 3 * size};
+  std::unique_ptr<char[]> grads[3];
+  for (int i = 0; i < 3; ++i) grads[i].reset(new char[grad_bytes[i]]);
+  call.betas_grad = grads[0].get();
+  call.pose_grad = grads[1].get();
+  call.transl_grad = grads[2].get();
+  backward_cuda(call, workspace(true).get(), 0, nullptr);
   std::ofstream file(argv[3], std::ios::binary);
   file.write(out.get(), out_bytes);
   file.write(posed.get(), joint_bytes);
+  for (int i = 0; i < 3; ++i) file.write(grads[i].get(), grad_bytes[i]);
   return file.good() ? 0 : 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -63,9 +63,7 @@ class Points:
             *(betas, pose, transl, *self.arrays, self.pose_blend),
             *(rotation, self.outputs, want_outputs),
         )
-        given = (betas, pose) if transl is None else (betas, pose, transl)
-        gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        if why_reference(self.rest, gradients):
+        if why_reference(self.rest):
             shapes, joints = self.rest_shapes.shape[-1], self.rest.shape[0]
             check_bodies(betas, pose, transl, shapes, joints, self.rest)
             return reference.skin(*arguments)  # type: ignore[arg-type]
@@ -75,15 +73,15 @@ class Points:
 ARRAYS = tuple(Points.__dataclass_fields__)[:-1]
 
 
-def why_reference(like: Tensor, gradients: bool = False) -> str | None:
-    """Why the kernels do not run on such a tensor, with gradients or without, if they do not."""
+def why_reference(like: Tensor) -> str | None:
+    """Why the kernels do not run on such a tensor, if they do not."""
     if _environment.backend() == "reference":
         return "FASTHYP_BACKEND=reference"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active"
     kind = like.device.type
     if kind == "cuda" and _C.cuda_archs is not None:
-        return "gradients on CUDA" if gradients else None
+        return None
     if kind != "cpu":
         return f"on {like.device}, and the skinning kernels run on CPUs and, if built, on CUDA"
     return None
@@ -212,7 +210,7 @@ def _call(
     arrays = [address(tensor) for tensor in points.arrays]
     on_cpu, workspace = betas.device.type == "cpu", None
     if not on_cpu:
-        size = _C.skinning_cuda_workspace(sizes, arrays, count)
+        size = _C.skinning_cuda_workspace(sizes, arrays, count, grads is not None)
         workspace = betas.new_empty(size, dtype=torch.uint8)
     _C.skinning_run(
         sizes,
@@ -340,7 +338,8 @@ LIBRARY.define(
 LIBRARY.impl("skinning", _run, "CPU")
 LIBRARY.impl("skinning_backward", _run_backward, "CPU")
 if _C.cuda_archs is not None:
-    LIBRARY.impl("skinning", _run, "CUDA")  # its gradients: the reference's
+    LIBRARY.impl("skinning", _run, "CUDA")
+    LIBRARY.impl("skinning_backward", _run_backward, "CUDA")
 torch.library.register_fake("fasthyp::skinning", _fake, lib=LIBRARY)
 torch.library.register_fake("fasthyp::skinning_backward", _fake_backward, lib=LIBRARY)
 torch.library.register_autograd(
