@@ -455,30 +455,41 @@ void points(const Call& call, std::int64_t first_group, int groups, std::int64_t
 // --- backward ---
 
 // grads (kCount features) += columns x place_grads
-template <int kCount, class T>
+template <int kAcross, int kCount, class T>
 FASTHYP_INLINE void gather_features(const std::int32_t* rows, const T* columns,
                                     const T* place_grads, T* grads) {
   constexpr int L = kGroup<T>;
-  Vec<T> acc[kCount][kVectors];
-#pragma GCC unroll 12
+  Vec<T> acc[kCount][kAcross];
+#pragma GCC unroll 24
   for (int k = 0; k < kCount; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) acc[k][v] = load(grads + rows[k] * L + v * kLanes<T>);
+    for (int v = 0; v < kAcross; ++v) acc[k][v] = load(grads + rows[k] * L + v * kLanes<T>);
   for (int c = 0; c < kColumns; ++c) {
-    Vec<T> x[kVectors];
+    Vec<T> x[kAcross];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = load(place_grads + c * L + v * kLanes<T>);
-#pragma GCC unroll 12
+    for (int v = 0; v < kAcross; ++v) x[v] = load(place_grads + c * L + v * kLanes<T>);
+#pragma GCC unroll 24
     for (int k = 0; k < kCount; ++k) {
       const Vec<T> w = splat<T>(columns[k * kColumns + c]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) acc[k][v] = fma(w, x[v], acc[k][v]);
+      for (int v = 0; v < kAcross; ++v) acc[k][v] = fma(w, x[v], acc[k][v]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int k = 0; k < kCount; ++k)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(grads + rows[k] * L + v * kLanes<T>, acc[k][v]);
+    for (int v = 0; v < kAcross; ++v) store(grads + rows[k] * L + v * kLanes<T>, acc[k][v]);
+}
+
+// For the features of a tile.
+template <int kAcross, class T>
+void gather_tile(const Rows<T>& r, const T* place_grads, T* grads) {
+  constexpr int kCount = kRegisters / kAcross;
+  int k = 0;
+  for (; k + kCount <= r.count; k += kCount)
+    gather_features<kAcross, kCount>(r.features + k, r.columns + k * kColumns, place_grads, grads);
+  for (; k < r.count; ++k)
+    gather_features<kAcross, 1>(r.features + k, r.columns + k * kColumns, place_grads, grads);
 }
 
 // One point: from the gradient of its place after the bones to that before them, in place.
@@ -544,8 +555,10 @@ void points_backward(const Call& call, std::int64_t first_group, int groups,
         const int count = static_cast<int>(3 * (end - begin));
         for (int lane = 0; lane < L; ++lane) {
           const T* from = out_grad + (group.first + lane) * stride + 3 * begin;
-          for (int i = 0; i < count; ++i)
-            by_place[i * L + lane] = lane < group.bodies ? from[i] : T(0);
+          if (lane < group.bodies)
+            for (int i = 0; i < count; ++i) by_place[i * L + lane] = from[i];
+          else
+            for (int i = 0; i < count; ++i) by_place[i * L + lane] = 0;
         }
         for (int i = 0; i < count; ++i)
           for (int v = 0; v < L; v += kLanes<T>) {
@@ -561,12 +574,10 @@ void points_backward(const Call& call, std::int64_t first_group, int groups,
           const std::ptrdiff_t at = (p - begin) * 3 * L + v * kLanes<T>;
           move_back(group, p, v * kLanes<T>, places + at, by_place + at, grads.bones);
         }
-      constexpr int kCount = kRegisters / kVectors;
-      int k = 0;
-      for (; k + kCount <= r.count; k += kCount)
-        gather_features<kCount>(r.features + k, r.columns + k * kColumns, by_place, grads.features);
-      for (; k < r.count; ++k)
-        gather_features<1>(r.features + k, r.columns + k * kColumns, by_place, grads.features);
+      if (group.vectors == 1)
+        gather_tile<1>(r, by_place, grads.features);
+      else
+        gather_tile<2>(r, by_place, grads.features);
     }
   }
 }

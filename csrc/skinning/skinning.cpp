@@ -97,7 +97,7 @@ void backward(const Call& call, int threads) {
     sizes.level.pose(posed, i, {groups.get(), work, nullptr});
   });
   const bool sums = call.model.targets != nullptr;
-  const std::int64_t block = sums ? 1 : kBlock;
+  const std::int64_t block = sums ? 1 : std::min(kBlock, sizes.groups);
   const std::int64_t blocks = parts_of(sizes.groups, block);
   const std::int64_t part = sums ? std::max<std::int64_t>(call.model.tiles(), 1) : kPart;
   const std::int64_t parts = call.out_grad ? parts_of(call.model.tiles(), part) : 0;

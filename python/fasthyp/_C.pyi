@@ -135,7 +135,9 @@ def mmd_run(
     device: int,
     threads_or_stream: int,
 ) -> None: ...
-def skinning_cuda_workspace(sizes: Sequence[int], arrays: Sequence[int], bodies: int) -> int: ...
+def skinning_cuda_workspace(
+    sizes: Sequence[int], arrays: Sequence[int], bodies: int, backward: bool
+) -> int: ...
 def skinning_run(
     sizes: Sequence[int],
     arrays: Sequence[int],
