@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fasthyp import _C
 
 if TYPE_CHECKING:
-    from fasthyp import flows, models, viz
+    from fasthyp import body, flows, models, viz
     from fasthyp.estimator import PoseEstimate, PoseEstimator
     from fasthyp.flows.accelerate import accelerate, explain, restore
     from fasthyp.heatmaps import GaussianFit, fit_gaussians, heatmap_argmax, sample_heatmaps
@@ -35,7 +35,7 @@ _HOME = {
     "MMDLoss": "fasthyp.mmd",
     "mmd2": "fasthyp.mmd",
 }
-_MODULES = ("flows", "models", "viz")
+_MODULES = ("body", "flows", "models", "viz")
 
 __all__ = [
     "GaussianFit",
@@ -44,6 +44,7 @@ __all__ = [
     "PoseEstimate",
     "PoseEstimator",
     "accelerate",
+    "body",
     "explain",
     "fit_gaussians",
     "flows",

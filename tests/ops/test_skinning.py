@@ -717,6 +717,26 @@ def test_function_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(one)(betas, pose), expected)
 
 
+def test_compiles() -> None:
+    arrays = random_model()
+    model = body.SkinningModel(*arrays)
+    given = random_bodies(3, arrays)
+    folded = model.fold(regressors(61, 7)["dense"])
+
+    def joints(betas: Tensor, pose: Tensor, transl: Tensor) -> Tensor:
+        return 2 * body.regress_joints(folded, betas, pose.sin(), transl)
+
+    def vertices(betas: Tensor, pose: Tensor, transl: Tensor) -> Tensor:
+        return 2 * model.vertices(betas, pose.sin(), transl)
+
+    # whether a model has changed is not for a graph to say: that breaks it once
+    for function, whole in ((joints, True), (vertices, False)):
+        found, expected = torch.compile(function, fullgraph=whole)(*given), function(*given)
+        assert torch.equal(found, expected)
+        ours, theirs = gradients((found,), given), gradients((expected,), given)
+        torch.testing.assert_close(ours, theirs, **EXACT)
+
+
 def test_the_backend_can_be_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     arrays = random_model()
     given = random_bodies(3, arrays)
