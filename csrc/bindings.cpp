@@ -24,6 +24,7 @@
 #include "heatmaps/heatmaps.h"
 #include "mmd/mmd.h"
 #include "procrustes/procrustes.h"
+#include "skinning/skinning.h"
 
 namespace py = pybind11;
 using namespace fasthyp;
@@ -451,6 +452,93 @@ void procrustes_align(const RowsNumbers& source, const RowsNumbers& target, cons
 #endif
 }
 
+// --- skinning ---
+
+// sizes: is_double, shapes, joints, pose_blend, points, outputs. arrays: parents, rest,
+// rest_shapes, columns, base, starts, bones, weights, targets, lift.
+skinning::Model skinning_model(const std::array<std::int64_t, 6>& sizes,
+                               const std::array<Address, 12>& arrays) {
+  constexpr std::int64_t kMost = 1 << 20;
+  const auto [is_double, shapes, joints, pose_blend, points, outputs] = sizes;
+  if (shapes < 0 || shapes > kMost || joints < 1 || joints > kMost || points < 0 || outputs < 0 ||
+      outputs > kMost * 1024)
+    throw std::invalid_argument("skinning: expected 1 to " + std::to_string(kMost) +
+                                " joints and at most as many shapes, got " +
+                                std::to_string(joints) + " and " + std::to_string(shapes));
+  return {is_double != 0,
+          static_cast<int>(shapes),
+          static_cast<int>(joints),
+          pose_blend != 0,
+          pointer<const std::int32_t>(arrays[0]),
+          pointer<const void>(arrays[1]),
+          pointer<const void>(arrays[2]),
+          points,
+          pointer<const std::int32_t>(arrays[3]),
+          pointer<const std::int32_t>(arrays[4]),
+          pointer<const void>(arrays[5]),
+          pointer<const void>(arrays[6]),
+          pointer<const std::int32_t>(arrays[7]),
+          pointer<const std::int32_t>(arrays[8]),
+          pointer<const void>(arrays[9]),
+          pointer<const std::int32_t>(arrays[10]),
+          outputs,
+          pointer<const void>(arrays[11])};
+}
+
+// inputs: betas, pose, transl, and how far one body lies from the next. results: out, joints, or
+// backward their gradients. grads: by betas, pose and transl; given in the backward pass alone.
+// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Address, 12>& arrays,
+                  std::int64_t bodies, const std::array<Address, 3>& inputs,
+                  const std::array<std::int64_t, 3>& strides, int rotation,
+                  const std::array<Address, 2>& results, bool backward,
+                  const std::array<Address, 3>& grads, Address workspace, int device,
+                  std::uintptr_t threads_or_stream) {
+  if (rotation < 0 || rotation >= skinning::kRotations)
+    throw std::invalid_argument("skinning: unknown rotations");
+  if (bodies < 0) throw std::invalid_argument("skinning: negative number of bodies");
+  skinning::Call call{};
+  call.model = skinning_model(sizes, arrays);
+  call.bodies = bodies;
+  call.betas = pointer<const void>(inputs[0]);
+  call.pose = pointer<const void>(inputs[1]);
+  call.transl = pointer<const void>(inputs[2]);
+  call.betas_stride = strides[0];
+  call.pose_stride = strides[1];
+  call.transl_stride = strides[2];
+  call.rotation = static_cast<skinning::Rotation>(rotation);
+  if (backward) {
+    call.out_grad = pointer<const void>(results[0]);
+    call.joints_grad = pointer<const void>(results[1]);
+    call.betas_grad = pointer<void>(grads[0]);
+    call.pose_grad = pointer<void>(grads[1]);
+    call.transl_grad = pointer<void>(grads[2]);
+  } else {
+    call.out = pointer<void>(results[0]);
+    call.joints = pointer<void>(results[1]);
+  }
+  py::gil_scoped_release release;
+  if (device < 0) {
+    const auto run = backward ? skinning::backward : skinning::forward;
+    return run(call, static_cast<int>(threads_or_stream));
+  }
+#if defined(FASTHYP_WITH_CUDA)
+  (backward ? skinning::backward_cuda : skinning::forward_cuda)(
+      call, pointer<std::byte>(workspace), device, pointer<void>(threads_or_stream));
+#else
+  static_cast<void>(workspace);
+  throw std::invalid_argument("skinning: built without CUDA");
+#endif
+}
+
+#if defined(FASTHYP_WITH_CUDA)
+std::int64_t skinning_cuda_workspace(const std::array<std::int64_t, 6>& sizes,
+                                     const std::array<Address, 12>& arrays, std::int64_t bodies,
+                                     bool backward) {
+  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies, backward);
+}
+#endif
+
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
                    std::uint64_t seed, std::int64_t image_offset, int threads) {
   py::gil_scoped_release release;
@@ -513,6 +601,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("mmd_cuda_workspace", &mmd::workspace_bytes_cuda);
 #endif
   m.def("procrustes_align", &procrustes_align);
+  m.def("skinning_run", &skinning_run);
+#if defined(FASTHYP_WITH_CUDA)
+  m.def("skinning_cuda_workspace", &skinning_cuda_workspace);
+#endif
   m.def("cuda_device_count", [] {
 #if defined(FASTHYP_WITH_CUDA)
     return cuda_device_count();

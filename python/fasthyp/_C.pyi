@@ -235,6 +235,20 @@ def procrustes_align(
     poses: int,
     joints: int,
     results: Sequence[int],
+def skinning_cuda_workspace(
+    sizes: Sequence[int], arrays: Sequence[int], bodies: int, backward: bool
+) -> int: ...
+def skinning_run(
+    sizes: Sequence[int],
+    arrays: Sequence[int],
+    bodies: int,
+    inputs: Sequence[int],
+    strides: Sequence[int],
+    rotation: int,
+    results: Sequence[int],
+    backward: bool,
+    grads: Sequence[int],
+    workspace: int,
     device: int,
     threads_or_stream: int,
 ) -> None: ...

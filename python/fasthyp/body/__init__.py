@@ -8,7 +8,17 @@ from fasthyp.body.linear import LinearBody
 from fasthyp.body.meshes import vertex_spread, write_mesh
 from fasthyp.body.outputs import BodyOutput, SMPLHOutput, SMPLOutput, SMPLXOutput
 from fasthyp.body.regressors import VertexMapping, load_regressor, load_smplx_to_smpl
-from fasthyp.body.skinning import FoldedJoints, fold_joints, lbs, regress_joints
+from fasthyp.body.skinning import (
+    FoldedJoints,
+    SkinningModel,
+    fold_joints,
+    humr_camera,
+    lbs,
+    prohmr_camera,
+    project,
+    regress_joints,
+    weak_perspective,
+)
 from fasthyp.body.smpl import SMPL, SMPLH, SMPLX
 
 __all__ = [
@@ -24,17 +34,22 @@ __all__ = [
     "SMPLHOutput",
     "SMPLOutput",
     "SMPLXOutput",
+    "SkinningModel",
     "VertexMapping",
     "body_arrays",
     "export_safetensors",
     "fold_joints",
     "from_anny",
+    "humr_camera",
     "lbs",
     "load_arrays",
     "load_regressor",
     "load_smplx_to_smpl",
+    "prohmr_camera",
+    "project",
     "regress_joints",
     "save_arrays",
     "vertex_spread",
+    "weak_perspective",
     "write_mesh",
 ]

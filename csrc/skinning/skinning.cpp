@@ -1,0 +1,146 @@
+#include "skinning/skinning.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "common/cpu_features.h"
+#include "common/thread_pool.h"
+
+namespace fasthyp {
+
+FASTHYP_PER_SIMD_LEVEL(skinning::Kernels, skinning_kernels)
+
+namespace skinning {
+namespace {
+
+constexpr std::int64_t kBlock = 4;  // groups that meet a tile while it is in the cache
+constexpr std::int64_t kPart = 64;  // tiles whose gradients are added up apart
+constexpr std::int64_t kLine = 64;  // bytes
+
+struct AlignedDelete {
+  void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{kLine}); }
+};
+using Bytes = std::unique_ptr<std::byte[], AlignedDelete>;
+
+Bytes allocate(std::int64_t bytes) {
+  return Bytes(new (std::align_val_t{kLine}) std::byte[static_cast<std::size_t>(bytes)]);
+}
+
+std::int64_t parts_of(std::int64_t count, std::int64_t size) { return (count + size - 1) / size; }
+
+struct Sizes {
+  const Functions& level;
+  std::int64_t lane;  // bytes of one number of every body of a group
+  std::int64_t groups, group, work, grads;
+
+  explicit Sizes(const Call& call)
+      : level(call.model.is_double ? skinning_kernels().f64 : skinning_kernels().f32),
+        lane(level.lanes * (call.model.is_double ? 8 : 4)),
+        groups(parts_of(call.bodies, level.lanes)),
+        group(lane * GroupSizes(call.model).total),
+        work(lane * work_numbers(call.model)),
+        grads(lane * GradSizes(call.model).total) {}
+};
+
+// Runs f(task, thread's work memory) for all tasks, on as many threads as there are tasks for.
+template <class F>
+void each(std::int64_t tasks, int threads, std::int64_t work, const F& f) {
+  std::atomic<std::int64_t> next{0};
+  parallel(static_cast<int>(std::min<std::int64_t>(threads, tasks)), [&](int, int) {
+    const Bytes memory = allocate(work);
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+      f(i, memory.get());
+  });
+}
+
+template <class T>
+void add(std::byte* to, const std::byte* from, std::int64_t bytes) {
+  auto* sums = reinterpret_cast<T*>(to);
+  const auto* more = reinterpret_cast<const T*>(from);
+  for (std::int64_t i = 0; i < bytes / static_cast<std::int64_t>(sizeof(T)); ++i)
+    sums[i] += more[i];
+}
+
+}  // namespace
+
+void forward(const Call& call, int threads) {
+  if (call.bodies == 0) return;
+  const Sizes sizes(call);
+  const Bytes groups = allocate(sizes.groups * sizes.group);
+  each(sizes.groups, threads, sizes.work, [&](std::int64_t i, void* work) {
+    sizes.level.pose(call, i, {groups.get(), work, nullptr});
+    if (call.out && call.model.targets)
+      sizes.level.points(call, i, 1, 0, call.model.tiles(), {groups.get(), work, nullptr});
+  });
+  if (!call.out || call.model.targets) return;
+  const std::int64_t parts = parts_of(call.model.tiles(), kPart);
+  each(parts_of(sizes.groups, kBlock) * parts, threads, sizes.work,
+       [&](std::int64_t i, void* work) {
+         const std::int64_t group = i / parts * kBlock, tile = i % parts * kPart;
+         sizes.level.points(call, group, static_cast<int>(std::min(kBlock, sizes.groups - group)),
+                            tile, std::min(kPart, call.model.tiles() - tile),
+                            {groups.get(), work, nullptr});
+       });
+}
+
+void backward(const Call& call, int threads) {
+  if (call.bodies == 0) return;
+  const Sizes sizes(call);
+  const Bytes groups = allocate(sizes.groups * sizes.group);
+  each(sizes.groups, threads, sizes.work, [&](std::int64_t i, void* work) {
+    Call posed = call;
+    posed.joints = nullptr;
+    sizes.level.pose(posed, i, {groups.get(), work, nullptr});
+  });
+  const bool sums = call.model.targets != nullptr;
+  const std::int64_t block = sums ? 1 : std::min(kBlock, sizes.groups);
+  const std::int64_t blocks = parts_of(sizes.groups, block);
+  const std::int64_t part = sums ? std::max<std::int64_t>(call.model.tiles(), 1) : kPart;
+  const std::int64_t parts = call.out_grad ? parts_of(call.model.tiles(), part) : 0;
+  const auto groups_in = [&](std::int64_t b) { return std::min(block, sizes.groups - b * block); };
+  // Gradients of a block, by the tiles of one part.
+  const auto of_part = [&](std::int64_t b, std::int64_t p, void* work, std::byte* grads) {
+    std::memset(grads, 0, block * sizes.grads);
+    sizes.level.points_backward(call, b * block, static_cast<int>(groups_in(b)), p * part,
+                                std::min(part, call.model.tiles() - p * part),
+                                {groups.get(), work, grads});
+  };
+  // Always in the same order.
+  const auto add_part = [&](std::byte* to, const std::byte* from) {
+    (call.model.is_double ? add<double> : add<float>)(to, from, block * sizes.grads);
+  };
+  const auto finish = [&](std::int64_t b, void* work, std::byte* grads) {
+    for (std::int64_t g = 0; g < groups_in(b); ++g)
+      sizes.level.pose_backward(call, b * block + g, {groups.get(), work, grads + g * sizes.grads});
+  };
+
+  const std::int64_t grads = block * sizes.grads;
+  if (parts <= 1 || blocks >= 2 * threads) {  // one thread for all parts of a block
+    each(blocks, threads, sizes.work + 2 * grads, [&](std::int64_t b, std::byte* memory) {
+      std::byte *work = memory + 2 * grads, *sum = memory, *of_one = memory + grads;
+      std::memset(sum, 0, grads);
+      for (std::int64_t p = 0; p < parts; ++p) {
+        of_part(b, p, work, of_one);
+        add_part(sum, of_one);
+      }
+      finish(b, work, sum);
+    });
+    return;
+  }
+  const Bytes kept = allocate(blocks * parts * grads);
+  each(blocks * parts, threads, sizes.work, [&](std::int64_t i, void* work) {
+    of_part(i / parts, i % parts, work, kept.get() + i * grads);
+  });
+  each(blocks, threads, sizes.work + grads, [&](std::int64_t b, std::byte* memory) {
+    std::memset(memory, 0, grads);
+    for (std::int64_t p = 0; p < parts; ++p) add_part(memory, kept.get() + (b * parts + p) * grads);
+    finish(b, memory + grads, memory);
+  });
+}
+
+}  // namespace skinning
+}  // namespace fasthyp
