@@ -235,6 +235,9 @@ def procrustes_align(
     poses: int,
     joints: int,
     results: Sequence[int],
+    device: int,
+    threads_or_stream: int,
+) -> None: ...
 def skinning_cuda_workspace(
     sizes: Sequence[int], arrays: Sequence[int], bodies: int, backward: bool
 ) -> int: ...
