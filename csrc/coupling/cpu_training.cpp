@@ -195,11 +195,13 @@ class StepRows {
     ldi_ = deep ? ld(plan_.inner) : 0;
     ldk_ = ld(plan_.kept);
     ldx_ = ld(plan_.inputs);
+    ldy_ = plan_.by_row ? ld(flow_.cond_dim + plan_.coupling->passive) : 0;
     ldp_ = ld(plan_.block);
     ldc_ = ld(kChunkUnits + plan_.block);
     ldg_ = job.cond_by_row ? ld(flow_.cond_dim + 64) : 0;
     ldt_ = job.cond_by_row ? ld(plan_.widest + 64) : 0;
-    const std::ptrdiff_t widths[] = {ldr_, ldw_, ldi_, ldi_, ldk_, ldx_, ldp_, ldc_, ldg_, ldt_};
+    const std::ptrdiff_t widths[] = {ldr_, ldw_, ldi_, ldi_, ldk_, ldx_,
+                                     ldy_, ldp_, ldc_, ldg_, ldt_};
     std::size_t bytes = Scratch::bytes<S>(dim_) + Scratch::bytes<const S*>(kPass);
     for (const std::ptrdiff_t w : widths) bytes += Scratch::bytes<S>(w * kPass + 64);
     scratch.reserve(bytes);
@@ -212,6 +214,7 @@ class StepRows {
     for (S*& g : inner_) g = take(ldi_);
     gkept_ = take(ldk_);
     gx_ = take(ldx_);
+    inputs_ = take(ldy_);
     partial_ = take(ldp_);
     chunk_ = take(ldc_);
     gcond_ = take(ldg_);
@@ -221,6 +224,7 @@ class StepRows {
     // Vectors may reach behind the raw outputs: what they find there must be numbers.
     for (int r = 0; r < kPass; ++r) std::fill_n(record_ + r * ldr_, plan_.raw_width, S(0));
     std::fill_n(graw_, ldw_ * kPass + 64, S(0));
+    std::fill_n(inputs_, ldy_ * kPass + 64, S(0));
   }
 
   void forward(std::int64_t slab) {
@@ -228,6 +232,7 @@ class StepRows {
       if (job_.move) reorder(state_);
       keep_state();
       if (plan_.coupling) {
+        gather();
         for (const NetPlan& net : plan_.nets) run(net);
         const Coupling& c = *plan_.coupling;
         S* sums = static_cast<S*>(job_.log_det) + first_ * kSumLanes;
@@ -309,6 +314,22 @@ class StepRows {
 
   const S* passive() const { return state_ + plan_.coupling->passive_at; }
 
+  // The inputs of first layers by row: the condition, then the passive slots; neither is padded.
+  void gather() {
+    if (!plan_.by_row) return;
+    for (int r = 0; r < rows_; ++r) {
+      const S* cond = static_cast<const S*>(job_.cond) + caller_row(r) * flow_.cond_dim;
+      std::copy_n(passive() + r * dim_, plan_.coupling->passive,
+                  std::copy_n(cond, flow_.cond_dim, inputs_ + r * ldy_));
+    }
+  }
+  Input<P> input(const Matrix& m, int row, int rows) const {
+    if (plan_.by_row && m.cond_padded > 0) return {inputs_ + row * ldy_, ldy_, rows};
+    return {passive() + row * dim_, dim_, rows};
+  }
+  // Of rows from `row` on; null: not hoisted.
+  const S* const* hoisted(int row) const { return plan_.by_row ? nullptr : hoisted_ + row; }
+
   template <class F>
   void halves(F&& f) {
     for (int r = 0; r < rows_; r += kTile) f(r, std::min(kTile, rows_ - r));
@@ -317,7 +338,7 @@ class StepRows {
   void run(const NetPlan& net) {
     const int last = static_cast<int>(net.layers.size()) - 1;
     halves([&](int row, int rows) {
-      Input<P> in{passive() + row * dim_, dim_, rows};
+      Input<P> in = input(net.layers[0].dense.matrix, row, rows);
       for (int l = 0; l < last - 1; ++l) {
         hidden(net, l, 0, net.layers[l].dense.matrix.blocks, in, row);
         in = {record_ + row * ldr_ + net.layers[l].out, ldr_, rows};
@@ -325,7 +346,7 @@ class StepRows {
       S* raw = record_ + row * ldr_ + net.raw;
       const Matrix& m = net.layers[last].dense.matrix;
       if (last == 0) {
-        const Product<P> product(m, job_.packed, in, hoisted_ + row);
+        const Product<P> product(m, job_.packed, in, hoisted(row));
         for (int b = 0; b < m.blocks; ++b) product.sums(b, raw + b * m.block, ldr_);
       } else {
         // The last layer sums each chunk of the one before as soon as it is there.
@@ -350,7 +371,7 @@ class StepRows {
   void hidden(const NetPlan& net, int l, int first, int end, Input<P> in, int row) {
     const LayerPlan& layer = net.layers[l];
     const Matrix& m = layer.dense.matrix;
-    const Product<P> product(m, job_.packed, in, hoisted_ + row);
+    const Product<P> product(m, job_.packed, in, hoisted(row));
     const bool straight = layer.dense.plain() && layer.dense.activate &&
                           net.activation == Activation::relu && product.one_chunk();
     for (int b = first; b < end; ++b) {
@@ -403,6 +424,7 @@ class StepRows {
 
   void couple_back() {
     const Coupling& c = *plan_.coupling;
+    gather();
     if (job_.store)
       for (int r = 0; r < rows_; ++r)
         std::copy_n(
@@ -495,13 +517,15 @@ class StepRows {
 
   // Units [k, k + units) of a net's first layer, whose gradients are g.
   void first_layer(const LayerPlan& layer, int k, int units, const S* g, std::ptrdiff_t ldg) {
-    if (layer.weight.at >= 0) {
-      const Sums& w = layer.weight;
+    const auto add_weight = [&](const Sums& w, const S* x, std::ptrdiff_t ldx) {
+      if (w.at < 0) return;
       if (w.transposed)
-        outer<S>(passive(), dim_, w.m, g, ldg, units, rows_, sums_ + w.at + k, w.ld, add_);
+        outer<S>(x, ldx, w.m, g, ldg, units, rows_, sums_ + w.at + k, w.ld, add_);
       else
-        outer<S>(g, ldg, units, passive(), dim_, w.n, rows_, sums_ + w.at + k * w.ld, w.ld, add_);
-    }
+        outer<S>(g, ldg, units, x, ldx, w.n, rows_, sums_ + w.at + k * w.ld, w.ld, add_);
+    };
+    add_weight(layer.weight, passive(), dim_);
+    add_weight(layer.cond_weight, inputs_, ldy_);
     if (layer.dense.matrix.in > 0) multiply_chunk(layer.back, k, units, g, ldg, gx_, ldx_);
     if (job_.cond_by_row && layer.cond_back) add_cond(*layer.cond_back, k, units, g, ldg);
   }
@@ -521,7 +545,10 @@ class StepRows {
     halves([&](int row, int rows) {
       const Product<P> product(m, job_.back, {g + row * ldg, ldg, rows});
       for (int b = 0; b < m.blocks; ++b) {
-        std::fill_n(partial_, rows * ldp_, S(0));
+        if (k > 0) {  // a product's first chunk replaces what is there
+          product.add_chunk(b, k, units, gcond_ + row * ldg_ + b * m.block, ldg_);
+          continue;
+        }
         product.add_chunk(b, k, units, partial_, ldp_);
         for (int r = 0; r < rows; ++r) {
           S* to = gcond_ + (row + r) * ldg_ + b * m.block;
@@ -737,8 +764,9 @@ class StepRows {
   const Flow& flow_;
   const int dim_;
   int pass_;  // rows per tile
-  std::ptrdiff_t ldr_, ldw_, ldi_, ldk_, ldx_, ldp_, ldc_, ldg_, ldt_;
-  S *record_, *graw_, *inner_[2], *gkept_, *gx_, *partial_, *chunk_, *gcond_, *gates_, *row_;
+  std::ptrdiff_t ldr_, ldw_, ldi_, ldk_, ldx_, ldy_, ldp_, ldc_, ldg_, ldt_;
+  S *record_, *graw_, *inner_[2], *gkept_, *gx_, *inputs_, *partial_, *chunk_, *gcond_, *gates_,
+      *row_;
   const S** hoisted_;
   std::int64_t first_ = 0;  // of the tile
   int rows_ = 0;

@@ -20,6 +20,10 @@ namespace {
 
 constexpr std::int64_t kImageBytes = std::int64_t(16) << 20;  // hoisted sums held at a time
 constexpr std::int64_t kSlabBytes = std::int64_t(64) << 20;   // gradients of all slabs
+// Hoisted sums, and their gradients, are many numbers. Where rows share few conditions, each row
+// reads its own, if its weights are few enough for their gradients to stay in the cache.
+constexpr std::int64_t kSharing = 2;  // rows of a condition, on average, that are worth it
+constexpr int kRowCond = 256;         // numbers of a condition that is read by row, at most
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 std::size_t number_size(Element e) { return e == Element::f64 ? 8 : 4; }
@@ -59,10 +63,11 @@ std::int64_t states(const Flow& flow, Keep keep) {
 // How the steps of a flow are trained; in the order of the flow.
 class Planner {
  public:
-  Planner(const Flow& flow, bool inverse, Keep keep, const std::vector<bool>* wanted,
+  Planner(const Flow& flow, bool inverse, Keep keep, bool by_row, const std::vector<bool>* wanted,
           bool cond_wanted)
       : flow_(flow),
         inverse_(inverse),
+        by_row_(by_row),
         number_(static_cast<std::int64_t>(number_size(flow.element))),
         wanted_(wanted),
         cond_wanted_(cond_wanted) {
@@ -95,6 +100,7 @@ class Planner {
   void coupling(const Coupling& c) {
     StepPlan& p = *plan_;
     p.coupling = &c;
+    p.by_row = by_row_;
     for (const Net& net : c.nets) p.raw_width += net.layers.back().matrix.out_padded();
     p.record = p.raw_width;
     for (const Net& net : c.nets) {
@@ -128,7 +134,7 @@ class Planner {
       layer.back = transposed(m.out, m.in);
       p.inputs = std::max(p.inputs, layer.back.out_padded());
     }
-    if (reads) {
+    if (reads && !by_row_) {
       m.hoisted = p.hoisted_width;
       p.hoisted_width += width;
     }
@@ -142,12 +148,16 @@ class Planner {
     Target weight{Target::From::matrix, {}};
     if (want() && m.in > 0) weight.sums = layer.weight = sums(m.out, m.in);
     target(weight, m.out, m.in);
-    layer.hoisted = reads && cond_wanted_;
-    if (reads) {
+    layer.hoisted = reads && !by_row_ && cond_wanted_;
+    if (reads && by_row_) {
+      Target cond_weight{Target::From::matrix, {}};
+      if (want()) cond_weight.sums = layer.cond_weight = sums(m.out, flow_.cond_dim);
+      target(cond_weight, m.out, flow_.cond_dim);
+    } else if (reads) {
       layer.hoisted |= want();
       target({Target::From::cond_matrix, {}, m.hoisted}, m.out, flow_.cond_dim);
     }
-    if (reads) {
+    if (reads && !by_row_) {
       layer.hoisted |= want();
       target({Target::From::cond_vector, {}, m.hoisted}, m.out, 1);
     } else {
@@ -166,8 +176,8 @@ class Planner {
       target({Target::From::vector, {}, layer.norm}, m.out, 1);
       target({Target::From::vector, {}, layer.norm + width}, m.out, 1);
     }
-    n.wanted |=
-        layer.weight.at >= 0 || layer.bias >= 0 || layer.hoisted || layer.gate || layer.norm >= 0;
+    n.wanted |= layer.weight.at >= 0 || layer.cond_weight.at >= 0 || layer.cond_back ||
+                layer.bias >= 0 || layer.hoisted || layer.gate || layer.norm >= 0;
     return layer;
   }
 
@@ -264,7 +274,7 @@ class Planner {
   }
 
   const Flow& flow_;
-  bool inverse_, store_;
+  bool inverse_, by_row_, store_;
   std::int64_t number_;
   const std::vector<bool>* wanted_;
   bool cond_wanted_;
@@ -290,37 +300,56 @@ struct Rows {
   std::int64_t most_images = 0, most_segments = 0, slabs = 0;
   Memory cond;  // (images, cond_ld)
   std::int64_t cond_ld = 0;
+  const void* by_row = nullptr;  // the caller's condition, where it is read by row
+};
+
+// The images of a call. Callers that know nothing of images repeat the condition for every
+// hypothesis.
+struct Images {
+  std::int64_t count, per_image;
+  std::optional<Distinct> distinct;  // then per_image is 1
+  bool by_row = false;               // see StepPlan; then per_image is 1
 };
 
 template <class T>
-Rows arrange(const Flow& flow, const std::vector<StepPlan>& plans, std::int64_t images,
-             std::int64_t per_image, const T* cond) {
+Images find_images(const Flow& flow, std::int64_t images, std::int64_t per_image, const T* cond) {
+  Images found{images, per_image, {}};
+  if (flow.hoisted_width == 0 || per_image != 1) return found;
+  Distinct d =
+      find_distinct(reinterpret_cast<const std::byte*>(cond), images, flow.cond_dim * sizeof(T));
+  if (static_cast<std::int64_t>(d.first.size()) * kSharing <= images)
+    found.distinct = std::move(d);
+  else
+    found.by_row = !flow.gated && flow.cond_dim <= kRowCond;
+  return found;
+}
+
+template <class T>
+Rows arrange(const Flow& flow, const std::vector<StepPlan>& plans, Images found, const T* cond) {
+  std::int64_t images = found.count;
   Rows r;
-  r.count = images * per_image;
+  r.count = images * found.per_image;
+  if (found.by_row) r.by_row = cond;
   std::int64_t hoisted = 0, slab = 1;
   for (const StepPlan& p : plans) {
     hoisted = std::max(hoisted, p.hoisted_width);
     slab = std::max(slab, p.slab_numbers);
   }
   r.image_of.resize(r.count);
-  for (std::int64_t i = 0; i < r.count; ++i) r.image_of[i] = i / per_image;
+  for (std::int64_t i = 0; i < r.count; ++i) r.image_of[i] = i / found.per_image;
   std::vector<std::int64_t> first;  // distinct rows of cond
-  if (hoisted > 0 && per_image == 1 && r.count > 1) {
-    // Callers that know nothing of images repeat the condition for every hypothesis.
-    Distinct d =
-        find_distinct(reinterpret_cast<const std::byte*>(cond), r.count, flow.cond_dim * sizeof(T));
-    if (static_cast<std::int64_t>(d.first.size()) * 4 <= r.count) {
-      images = static_cast<std::int64_t>(d.first.size());
-      first = std::move(d.first);
-      if (!std::is_sorted(d.index.begin(), d.index.end())) {
-        r.order.resize(r.count);
-        std::iota(r.order.begin(), r.order.end(), 0);
-        std::stable_sort(r.order.begin(), r.order.end(),
-                         [&](std::int64_t a, std::int64_t b) { return d.index[a] < d.index[b]; });
-      }
-      std::sort(d.index.begin(), d.index.end());
-      r.image_of = std::move(d.index);
+  if (found.distinct) {
+    Distinct& d = *found.distinct;
+    images = static_cast<std::int64_t>(d.first.size());
+    first = std::move(d.first);
+    if (!std::is_sorted(d.index.begin(), d.index.end())) {
+      r.order.resize(r.count);
+      std::iota(r.order.begin(), r.order.end(), 0);
+      std::stable_sort(r.order.begin(), r.order.end(),
+                       [&](std::int64_t a, std::int64_t b) { return d.index[a] < d.index[b]; });
     }
+    std::sort(d.index.begin(), d.index.end());
+    r.image_of = std::move(d.index);
   }
   if (hoisted > 0) {
     r.cond_ld = round_up(flow.cond_dim, 16);
@@ -447,7 +476,10 @@ class Walk {
     job.first_image = chunk.first_image;
     job.images = chunk.images;
     job.first_segment = chunk.first_segment;
-    if (rows_.cond_ld > 0) job.cond = at(rows_.cond) + chunk.first_image * rows_.cond_ld;
+    if (rows_.by_row)
+      job.cond = rows_.by_row;
+    else if (rows_.cond_ld > 0)
+      job.cond = at(rows_.cond) + chunk.first_image * rows_.cond_ld;
   }
   std::int64_t slabs(const StepJob& job) const {
     return (job.rows + job.slab_rows - 1) / job.slab_rows;
@@ -460,6 +492,7 @@ class Walk {
   };
   static std::vector<Hoist> hoists(const StepPlan& plan) {
     std::vector<Hoist> found;
+    if (plan.by_row) return found;
     for (const NetPlan& net : plan.nets)
       for (const LayerPlan& layer : net.layers) {
         if (layer.dense.matrix.cond_padded > 0)
@@ -574,7 +607,8 @@ class Backward : Walk<T> {
       job.store = g_.keep.store;
       job.cond_by_row =
           g_.grad_cond &&
-          this->rows_.chunks.back().first_image + this->rows_.chunks.back().images != g_.images;
+          (this->rows_.by_row ||
+           this->rows_.chunks.back().first_image + this->rows_.chunks.back().images != g_.images);
       job.grad_weights = g_.grad_weights;
       if (g_.keep.every > 0 && i % g_.keep.every == 0)
         job.state_at = i / g_.keep.every * std::int64_t(flow.dim);
@@ -686,10 +720,11 @@ class Backward : Walk<T> {
 
 template <class T>
 void run_stored(const Call& call, Keep keep, void* saved) {
-  Planner planner(*call.flow, call.inverse, keep, nullptr, false);
+  const auto* cond = static_cast<const T*>(call.cond);
+  Images images = find_images(*call.flow, call.images, call.per_image, cond);
+  Planner planner(*call.flow, call.inverse, keep, images.by_row, nullptr, false);
   std::vector<StepPlan> plans = planner.steps();
-  Rows rows =
-      arrange(*call.flow, plans, call.images, call.per_image, static_cast<const T*>(call.cond));
+  Rows rows = arrange(*call.flow, plans, std::move(images), cond);
   Forward<T>(*call.flow, call.packed, call.inverse, call.threads, std::move(plans), std::move(rows))
       .run(call, keep, static_cast<T*>(saved), planner.saved());
 }
@@ -697,7 +732,9 @@ void run_stored(const Call& call, Keep keep, void* saved) {
 template <class T>
 void backward(const Gradient& g) {
   const Flow& flow = *g.flow;
-  Planner planner(flow, g.inverse, g.keep, &g.wanted, g.grad_cond);
+  const auto* cond = static_cast<const T*>(g.cond);
+  Images images = find_images(flow, g.images, g.per_image, cond);
+  Planner planner(flow, g.inverse, g.keep, images.by_row, &g.wanted, g.grad_cond);
   std::vector<StepPlan> plans = planner.steps();
   if (g.grad_cond)
     std::fill_n(static_cast<T*>(g.grad_cond), g.images * std::int64_t(flow.cond_dim), T(0));
@@ -705,7 +742,7 @@ void backward(const Gradient& g) {
     std::fill_n(static_cast<T*>(g.grad_weights), planner.grad_numbers(), T(0));
     return;
   }
-  Rows rows = arrange(flow, plans, g.images, g.per_image, static_cast<const T*>(g.cond));
+  Rows rows = arrange(flow, plans, std::move(images), cond);
   Backward<T>(g, std::move(plans), std::move(rows)).run(planner.saved());
 }
 
@@ -719,7 +756,7 @@ void check(const Flow& flow) {
 }  // namespace
 
 std::int64_t saved_width(const Flow& flow, Keep keep) {
-  Planner planner(flow, false, keep, nullptr, false);
+  Planner planner(flow, false, keep, false, nullptr, false);
   planner.steps();
   return planner.saved();
 }

@@ -60,7 +60,7 @@ struct LayerPlan {
   // First column in a row's record, -1: not there. out: what comes out of the layer; slope: of the
   // activation; product: the sums before a gate; value: before the norm.
   int out = -1, slope = -1, product = -1, value = -1;
-  Sums weight;
+  Sums weight, cond_weight;            // cond_weight: where the condition is read by row
   std::int64_t bias = -1, norm = -1;   // in the slab's memory: out_padded; scale, then shift
   bool hoisted = false, gate = false;  // whether the gradients of these sums are wanted
   Matrix back;                         // the weight's transpose
@@ -90,6 +90,7 @@ struct StepPlan {
   const Step* step;
   const Coupling* coupling;  // null: a linear step
   std::vector<NetPlan> nets;
+  bool by_row = false;  // the condition is an input of each row like any other, not hoisted
   const Matrix *linear = nullptr, *linear_undo = nullptr;  // of the pass, and against it
   bool diagonal = false;
   Matrix linear_back;
@@ -125,7 +126,7 @@ struct StepJob {
   const std::int64_t* segment_of;  // per row; a segment is an image's rows in a slab
   std::int64_t first_image, first_segment;
   std::int64_t images;
-  const void* cond;  // (images, cond_ld), from first_image on
+  const void* cond;  // (images, cond_ld), from first_image on; by row: the caller's
   std::ptrdiff_t cond_ld;
   void* hoisted;   // (images, hoisted_width); then the gradients of these sums
   void* segments;  // (segments, hoisted_width) of gradients

@@ -219,12 +219,87 @@ def test_one_row_per_image(order: str, gate: bool) -> None:
     assert_equals_reference(layers, random.order(), x, cond, [(0, False), (1, False), (0, True)])
 
 
-def test_conditions_in_parts() -> None:
+@pytest.mark.parametrize("repeated", [False, True])
+def test_conditions_in_parts(repeated: bool) -> None:
     """More hoisted sums than are held at a time."""
     # smooth: a ReLU's gradient jumps where float32 rounds its input across zero
     layers, index = random_layers(6, 3, hidden=1500, count=2, activation="silu")
-    x, cond = random_inputs(3000, 1, 6, 3)
+    x, cond = random_inputs(*((6000, 1) if repeated else (1500, 4)), 6, 3)
+    assert cond is not None
+    if repeated:
+        cond = cond[:1500].repeat(4, 1)
     assert_equals_reference(layers, index, x, cond, [(0, False)])
+
+
+# --- a condition for each row: it is read by row ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples", "dim", "cond_dim", "hidden", "depth"),
+    [
+        (101, 1, 7, 5, 33, 2),
+        (1, 1, 9, 3, 20, 2),
+        (97, 1, 13, 131, 70, 3),  # more than one chunk of inputs
+        (259, 1, 5, 1, 17, 1),
+        (61, 1, 11, 19, 333, 2),
+        (45, 1, 6, 257, 40, 2),  # too wide: hoisted
+        (45, 2, 6, 37, 130, 2),  # hoisted
+        (5, 1, 1, 4, 12, 2),
+    ],
+)
+def test_condition_per_row(
+    batch: int, samples: int, dim: int, cond_dim: int, hidden: int, depth: int
+) -> None:
+    layers, index = random_layers(dim, cond_dim, hidden=hidden, depth=depth, activation="silu")
+    assert_equals_reference(layers, index, *random_inputs(batch, samples, dim, cond_dim))
+
+
+@pytest.mark.parametrize("kind", ["affine", "additive", "gin"])
+@pytest.mark.parametrize("nets", [1, 2])
+def test_residual_nets_by_row(kind: str, nets: int) -> None:
+    random = Random(9, 6, seed=3)
+    layers: list[Layer] = [
+        random.linear(),
+        random.coupling(kind, nets, activation="gelu"),
+        random.coupling(kind, nets, residual=False),
+        random.diagonal(),
+        random.coupling(kind, nets, active=3, passive=2, blocks=1),
+    ]
+    inputs = random_inputs(111, 1, 9, 6)
+    assert_equals_reference(layers, random.order(), *inputs, single_modes=[(1, False)])
+
+
+@pytest.mark.parametrize("distinct", [101, 102])  # of 203 rows: at least 2 each, or fewer
+@pytest.mark.parametrize("mode", MODES)
+def test_mixtures_of_repeated_rows(distinct: int, mode: tuple[int, bool]) -> None:
+    layers, index = random_layers(9, 6, hidden=40, activation="silu")
+    x, cond = random_inputs(203, 1, 9, 6)
+    assert cond is not None
+    cond = cond[:distinct].repeat(3, 1)[:203]
+    assert_equals_reference(layers, index, x, cond, [mode])
+
+
+def test_no_passive_slots_by_row() -> None:
+    random = Random(3, 4, seed=5)
+    layers = [random.coupling(active=3, residual=residual) for residual in (True, False)]
+    assert_equals_reference(layers, random.order(), *random_inputs(70, 1, 3, 4))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("cond_dim", [6, 131])
+def test_units_by_row_have_the_bits_of_hoisted_ones(inverse: bool, cond_dim: int) -> None:
+    """The pass of few rows that stores layers reads conditions by row, that of images does not."""
+    random = Random(9, cond_dim, seed=3)
+    layers: list[Layer] = [random.coupling(residual=False), random.coupling(hidden=77)]
+    flow = Flow(layers, random.order(), 9, cond_dim, torch.float32)
+    x, cond = random_inputs(90, 1, 9, cond_dim, torch.float32)
+    assert cond is not None
+    for mode in MODES[3:]:
+        args = flow.weights, None, flow.plan, inverse, *mode, "highest"
+        by_row = coupling_pass(x, cond, *args)
+        hoisted = coupling_pass(x.expand(90, 2, 9).contiguous(), cond, *args)
+        for a, b in zip(by_row, hoisted, strict=True):
+            assert torch.equal(a[:, 0], b[:, 0])
 
 
 def test_no_passive_slots() -> None:
@@ -328,6 +403,21 @@ def test_threads_do_not_change_bits(mode: tuple[int, bool]) -> None:
 
 
 @pytest.mark.usefixtures("_restored_settings")
+@pytest.mark.parametrize("mode", [(0, False), (3, False), (0, True)])
+def test_threads_do_not_change_bits_by_row(mode: tuple[int, bool]) -> None:
+    layers, index = random_layers(10, 7, hidden=50)
+    flow = Flow(layers, index, 10, 7, torch.float32)
+    x, cond = random_inputs(401, 1, 10, 7, torch.float32)
+    want = None
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        got = gradients(lambda *args: flow.run(*args, mode), x, cond, flow.weights, True)
+        want = want or got
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_restored_settings")
 @pytest.mark.parametrize("level", _C.simd_levels())
 def test_simd_levels(level: str) -> None:
     _C.set_simd_level(level)
@@ -339,6 +429,8 @@ def test_simd_levels(level: str) -> None:
         random.coupling(residual=False, hidden=77),
     ]
     assert_equals_reference(layers, random.order(), *random_inputs(3, 61, 9, 6))
+    del layers[0]
+    assert_equals_reference(layers, random.order(), *random_inputs(131, 1, 9, 6))
 
 
 def test_python_threads() -> None:
@@ -365,19 +457,19 @@ def test_python_threads() -> None:
 # --- parts of the gradient --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("repeated", [False, True])
-def test_wanted(repeated: bool) -> None:
+@pytest.mark.parametrize("rows", ["images", "repeated", "distinct"])
+def test_wanted(rows: str) -> None:
     """Whatever is not wanted changes nothing in what is."""
     random = Random(8, 5, seed=8)
     layers: list[Layer] = [
-        random.coupling(gate=True, blocks=1),
+        random.coupling(gate=rows != "distinct", blocks=1),
         random.linear(),
         random.coupling(residual=False),
     ]
     flow = Flow(layers, random.order(), 8, 5)
-    x, cond = random_inputs(*((60, 1) if repeated else (3, 20)), 8, 5)
+    x, cond = random_inputs(*((3, 20) if rows == "images" else (60, 1)), 8, 5)
     assert cond is not None
-    if repeated:
+    if rows == "repeated":
         cond = cond[:4].repeat(15, 1)
     count = len(flow.weights)
     full = gradients(flow.run, x, cond, flow.weights, False)[2:]
