@@ -20,9 +20,12 @@ from fasthyp.reference.coupling import CouplingLayer, mlp
 
 FAMILIES = {
     "coupling": "coupling_flow",
+    "coupling_training": "coupling_pass",
     "gaussian_fit": "fit_gaussians",
     "heatmaps": "sample_heatmaps",
     "mmd": "mmd2",
+    "procrustes": "procrustes",
+    "skinning": "skinning",
 }
 """Kernel families and an op of each."""
 
@@ -122,9 +125,12 @@ def doctor() -> list[Check]:
         ops: dict[str, Callable[[], str]] = {
             "coupling float32": partial(_check_coupling, "highest", torch.float32, 1e-4),
             "coupling float64": partial(_check_coupling, "highest", torch.float64, 1e-11),
+            "coupling_training": lambda: _check_training("cpu"),
             "gaussian_fit": lambda: _check_gaussian_fit("cpu"),
             "heatmaps": lambda: _check_samples("cpu"),
             "mmd": lambda: _check_mmd("cpu"),
+            "procrustes": lambda: _check_procrustes("cpu"),
+            "skinning": lambda: _check_skinning("cpu"),
         }
         if level.endswith("bf16"):
             ops["coupling bfloat16"] = partial(_check_coupling, "medium", torch.float32, 0.05)
@@ -138,9 +144,12 @@ def doctor() -> list[Check]:
                 ("coupling float32", partial(_check_coupling, "highest", torch.float32, 1e-4)),
                 ("coupling tf32", partial(_check_coupling, "high", torch.float32, 0.01)),
                 ("coupling bfloat16", partial(_check_coupling, "medium", torch.float32, 0.05)),
+                ("coupling_training", _check_training),
                 ("gaussian_fit", _check_gaussian_fit),
                 ("heatmaps", _check_samples),
                 ("mmd", _check_mmd),
+                ("procrustes", _check_procrustes),
+                ("skinning", _check_skinning),
             ):
                 checks.append((f"{name}, cuda:{i}", partial(on_device, f"cuda:{i}"), remedy))
     checks.append(("bundled model", _check_model, _WEIGHTS))
@@ -225,6 +234,35 @@ def _check_coupling(
     )
 
 
+def _check_training(device: str) -> str:
+    from fasthyp.ops.coupling_training import TrainableFlow
+    from fasthyp.reference import coupling as reference
+
+    layers, output_index, dim, cond_dim = _small_flow()
+    flow = TrainableFlow(layers, output_index, dim, cond_dim, device=device)
+    generator = torch.Generator().manual_seed(1)
+    given = [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((3, 21, dim), (3, cond_dim))
+    ]
+    there = [tensor.detach().to(device, torch.float32).requires_grad_() for tensor in given]
+    pairs = {}
+    for name, ours, exact in (
+        ("forward", flow.forward, reference.flow_forward),
+        ("inverse", flow.inverse, reference.flow_inverse),
+    ):
+        found = [
+            torch.autograd.grad(out.square().sum() + log_det.sum(), inputs)
+            for (out, log_det), inputs in (
+                (ours(*there), there),
+                (exact(layers, output_index, *given), given),
+            )
+        ]
+        for what, got, expected in zip(("x", "cond"), *found, strict=True):
+            pairs[f"gradient of {name} by {what}"] = got, expected
+    return _compare(pairs, 1e-3)
+
+
 def _check_samples(device: str) -> str:
     from fasthyp.ops.heatmaps import sample_heatmaps
     from fasthyp.reference.heatmaps import sample_heatmaps as reference
@@ -282,6 +320,43 @@ def _check_mmd(device: str) -> str:
         for name, got, exact in zip(("value", "d/dx", "d/dy"), ours, exacts, strict=True):
             found[f"{name}, {n} samples"] = (got, exact)
     return _compare(found, 1e-4)
+
+
+def _check_procrustes(device: str) -> str:
+    from fasthyp.ops.procrustes import procrustes
+    from fasthyp.reference.procrustes import procrustes as reference
+
+    poses = torch.sin(torch.arange(5.0 * 17 * 3) ** 2).reshape(5, 17, 3).double()
+    target = torch.cos(torch.arange(17.0 * 3)).reshape(17, 3).double()
+    ours = procrustes(poses.to(device), target.to(device), None)
+    names = "rotation", "scale", "translation"
+    expected = reference(poses, target)
+    return _compare(dict(zip(names, zip(ours, expected, strict=True), strict=True)), 1e-8)
+
+
+def _check_skinning(device: str) -> str:
+    from fasthyp.body.skinning import lbs
+    from fasthyp.reference.skinning import lbs as reference
+
+    def numbers(*shape: int) -> Tensor:
+        count = torch.Size(shape).numel()
+        return torch.sin(torch.arange(1.0, count + 1).double() ** 2).reshape(shape)
+
+    joints, vertices, shapes = 4, 37, 3
+    parents = [-1, 0, 1, 1]
+    weights = numbers(vertices, joints).softmax(1)
+    regressor = numbers(joints, vertices).softmax(1)
+    v_template, shapedirs = numbers(vertices, 3), numbers(vertices, 3, shapes)
+    posedirs = numbers(9 * (joints - 1), 3 * vertices)
+    betas, pose = numbers(2, shapes), numbers(2, 3 * joints)
+    arrays = v_template, shapedirs, posedirs, regressor, torch.tensor(parents), weights
+    template, shaped, posed, joint_rows, tree, bones = (array.to(device) for array in arrays)
+    ours = lbs(betas.to(device), pose.to(device), template, shaped, posed, joint_rows, tree, bones)
+    pose = pose.view(2, joints, 3)
+    blends = v_template, shapedirs, posedirs, regressor
+    expected = reference(betas, pose, None, *blends, parents, weights, "axis_angle")
+    names = "vertices", "joints"
+    return _compare(dict(zip(names, zip(ours, expected, strict=True), strict=True)), 1e-9)
 
 
 def _check_cuda() -> str:
