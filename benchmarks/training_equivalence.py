@@ -1,6 +1,6 @@
 """Loss curves of the same training in four ways: does the fused flow train as the original does?
 
-    python benchmarks/training_equivalence.py [--steps 300] [--json FILE]
+    python benchmarks/training_equivalence.py [--steps 300] [--seed 0] [--json FILE]
 
 Per flow, the same weights and batches: the original code in float64, the original in float32, and
 the accelerated flow in float32 with either checkpoint mode. The original is FrEIA's for
@@ -90,8 +90,10 @@ def plain(net: Any, call: Call, dtype: torch.dtype, steps: int) -> Tensor:
             os.environ["FASTHYP_BACKEND"] = before
 
 
-def compare(name: str, make: Callable[[], Any], call: Call, steps: int) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
+def compare(
+    name: str, make: Callable[[], Any], call: Call, steps: int, seed: int
+) -> list[dict[str, Any]]:
+    torch.manual_seed(seed)
     net = make()
     exact = plain(copy.deepcopy(net), call, torch.float64, steps)
     curves = {"original float64": exact}
@@ -116,10 +118,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="of the first weights")
     parser.add_argument("--json", help="write the rows here")
     options = parser.parse_args()
-    rows = compare("GraphINN", graph, run_graph, options.steps)
-    rows += compare("ConditionalGlow", glow, run_glow, options.steps)
+    rows = compare("GraphINN", graph, run_graph, options.steps, options.seed)
+    rows += compare("ConditionalGlow", glow, run_glow, options.steps, options.seed)
     report(f"Training, {options.steps} Adam steps", rows, options.json)
 
 

@@ -7,8 +7,9 @@ every ``keep_every``-th step (states between them are reconstructed by the steps
 none is kept), and with ``store`` the hidden layers as well, which are then not computed again.
 
 Reconstruction alone would do, but float32 cannot afford it: a step that scales by exp(-s) is undone
-with errors exp(s) times as large, and eight couplings of clamp 5 lose all digits. A state per block
-costs a small part of what one block's hidden layers would.
+with errors exp(s) times as large, and eight blocks of clamp 5 lose all digits (the last table of
+``benchmarks/bench_coupling_training.py``). A state per block costs a small part of what one block's
+hidden layers would.
 
 The gradient of a pass flows to the *folded* weights (:func:`~fasthyp.ops._coupling_steps.fold`),
 and through the folding, which is plain PyTorch, to the parameters of the modules. Log-determinants
