@@ -11,7 +11,6 @@ from torch import Tensor
 from fasthyp._seed import check_int, resolve_seed
 from fasthyp._tensors import check_floating
 from fasthyp.metrics.pose import mpjpe
-from fasthyp.reference.coupling import philox_normal
 from fasthyp.sampling import HypothesisSampler
 
 Draw = Callable[[int, int], Tensor]
@@ -118,8 +117,7 @@ def hypothesis_source(
     """Draws the hypotheses of a sampler by their numbers, for :func:`best_of_m`.
 
     ``source(first, count)`` (B, count, D) are hypotheses ``first`` to ``first + count - 1`` of
-    ``sampler(cond, M, seed=seed, ...)``, whatever M is, but for the rounding of their noise. Only
-    those asked for are computed.
+    ``sampler(cond, M, seed=seed, ...)``, whatever M is. Only those asked for are computed.
 
     Args:
         sampler: of the flow.
@@ -133,16 +131,16 @@ def hypothesis_source(
         raise TypeError(f"sampler: expected a HypothesisSampler, got {type(sampler).__name__}")
     seed = resolve_seed(seed, None)
     check_int("image_offset", image_offset, 0, 2**32)
-    plan = sampler._eval_mode()[1]
-    given = [cond] if isinstance(cond, Tensor) else [*(cond or [])]
-    images = next((len(x) for x in [*given, fixed] if isinstance(x, Tensor) and x.ndim), 1)
-    dim = plan.program.dim - (fixed.shape[-1] if isinstance(fixed, Tensor) and fixed.ndim else 0)
 
     def source(first: int, count: int) -> Tensor:
-        check_int("first", first, 0, 2**32)
-        check_int("count", count, 1, 2**32 - first + 1)
-        z = philox_normal(images, count, max(0, dim), seed, image_offset, include_mode, first)
-        x = sampler(cond, z=z.to(plan.like), fixed=fixed)
+        x = sampler(
+            *(cond, count),
+            seed=seed,
+            fixed=fixed,
+            include_mode=include_mode,
+            image_offset=image_offset,
+            first_sample=first,
+        )
         assert isinstance(x, Tensor)
         return x
 
