@@ -129,6 +129,18 @@ def test_best_of_m_is_that_of_all_at_once(rows: int, error: Any) -> None:
         assert found.mean.dtype == torch.float64
 
 
+@pytest.mark.parametrize(("images", "chunk"), [(2, 4369), (512, 256)])
+def test_best_of_m_takes_a_megabyte_at_a_time(images: int, chunk: int) -> None:
+    asked = []
+
+    def draw(first: int, count: int) -> Tensor:
+        asked.append((first, count))
+        return torch.zeros(1, 1, 5, 3, dtype=torch.float64).expand(images, count, 5, 3)
+
+    best_of_m(draw, poses(images, 5), chunk + 100)
+    assert asked == [(0, chunk), (chunk, 100)]
+
+
 def test_best_of_m_with_nan() -> None:
     drawn, truth = poses(3, 50, 5), poses(3, 5, seed=1)
     drawn[0, 7] = torch.nan

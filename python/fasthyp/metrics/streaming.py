@@ -16,8 +16,10 @@ from fasthyp.sampling import HypothesisSampler
 Draw = Callable[[int, int], Tensor]
 """``draw(first, count)``: hypotheses number first to first + count - 1 of B images."""
 
-_ROWS = 8192
-"""Hypotheses at a time, of all images together."""
+_CPU_BYTES, _DEVICE_BYTES = 2**20, 2**24
+"""Of the hypotheses at a time: on a CPU few enough for its cache, elsewhere enough to fill it."""
+_LEAST = 256
+"""Hypotheses of an image at a time: what a flow does once for each image is then a small part."""
 
 
 class BestOfM(NamedTuple):
@@ -45,7 +47,7 @@ def best_of_m(
     num_samples: int,
     *,
     error: Callable[[Tensor, Tensor], Tensor] = mpjpe,
-    rows: int = _ROWS,
+    rows: int | None = None,
 ) -> BestOfM:
     """Best, mean and worst error of M hypotheses, drawn and judged a part at a time.
 
@@ -59,8 +61,9 @@ def best_of_m(
         truth: (B, J, D), in the unit of the hypotheses.
         num_samples: M.
         error: of hypotheses (B, m, J, D) and ``truth[:, None]``: (B, m). :func:`mpjpe` unless told;
-            ``functools.partial(mpjpe, root=0)`` centres on a root.
-        rows: hypotheses at a time, of all images together (at least one of each).
+            ``functools.partial(mpjpe, root=0)`` centres on a root, :func:`pa_mpjpe` aligns.
+        rows: hypotheses at a time, of all images together (at least one of each); unless told, a
+            megabyte of them on a CPU, 16 elsewhere, but at least 256 of each image.
 
     Returns:
         In the unit of the hypotheses. A hypothesis whose error is NaN makes all but ``best``,
@@ -73,9 +76,13 @@ def best_of_m(
     if truth.ndim != 3 or 0 in truth.shape:
         raise ValueError(f"truth: expected shape (B, J, D), got {tuple(truth.shape)}")
     check_int("num_samples", num_samples, 1, 2**32)
-    check_int("rows", rows, 1, 2**63)
     images = len(truth)
-    chunk = max(1, rows // images)
+    if rows is None:
+        budget = _CPU_BYTES if truth.device.type == "cpu" else _DEVICE_BYTES
+        chunk = max(_LEAST, budget // (truth.numel() * truth.element_size()))
+    else:
+        check_int("rows", rows, 1, 2**63)
+        chunk = max(1, rows // images)
     inf = truth.new_full((images,), torch.inf)
     best, worst = inf, -inf
     number = torch.full((images,), -1, device=truth.device)
