@@ -24,8 +24,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fasthyp._files import replacing
+from fasthyp.data.persons import PersonBatch
 from fasthyp.flows.describe import describe
 from fasthyp.flows.program import FlowProgram, Linear
+from fasthyp.heatmaps import fit_gaussians
+from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.reference.coupling import LinearMap
 from fasthyp.sampling import SamplerCache
 from fasthyp.skeleton import COCO13_JOINTS
@@ -272,6 +275,7 @@ class LiftingFlow(nn.Module):
         include_mode: bool = False,
         return_log_prob: bool = False,
         precision: str = "high",
+        image_offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw hypotheses (B, M, 13, 3) in metres for conditions (B, C).
 
@@ -282,12 +286,58 @@ class LiftingFlow(nn.Module):
             include_mode: put the hypothesis of z = 0 first.
             return_log_prob: also return the log-density in nats (B, M), as :meth:`log_prob`.
             precision: of :class:`fasthyp.HypothesisSampler`.
+            image_offset: number of the first condition, where these are part of a longer list.
         """
         x, log_prob = self._samplers.get(self.program, precision)(
-            cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
+            *(cond, num_samples),
+            seed=seed,
+            include_mode=include_mode,
+            return_log_prob=True,
+            image_offset=image_offset,
         )
         pose = x.unflatten(-1, (JOINTS, 3))
         return (pose, log_prob) if return_log_prob else pose
+
+    @torch.no_grad()
+    def hypotheses(
+        self,
+        persons: PersonBatch,
+        num_samples: int,
+        seed: int = 0,
+        include_mode: bool = True,
+        vertices: bool = False,
+        image_offset: int = 0,
+    ) -> Hypotheses:
+        """See :class:`fasthyp.models.Hypothesiser`; without ``vertices``.
+
+        Args:
+            persons: with the Gaussians ``amplitude``, ``mean`` and ``covariance`` of detector
+                joints among which the 13 are, in cells of a map of 64 x 64, or, where there are
+                none, with ``heatmaps``, which are then fitted.
+
+        Raises:
+            ValueError: neither is known, or the detector lacks one of the 13 joints; names it.
+        """
+        size = (64, 64)
+        if persons.mean is None and persons.heatmaps is not None:
+            fit = fit_gaussians(persons.heatmaps[:, self._detected(persons)])
+            given = [fit.amplitude, fit.mean, fit.covariance]
+            size = (persons.heatmaps.shape[-2], persons.heatmaps.shape[-1])
+        else:
+            known = persons.need("amplitude", "mean", "covariance")
+            given = [values[:, self._detected(persons)] for values in known]
+        cond = self.condition(*(values.to(self.centre) for values in given), size)
+        options = (seed, include_mode, True, "high", image_offset)
+        pose, log_prob = self.sample(cond, num_samples, *options)
+        return Hypotheses(pose, self.joint_names, log_prob)
+
+    def _detected(self, persons: PersonBatch) -> list[int]:
+        """Where the 13 joints are among the detector's."""
+        names = persons.detector_names
+        for name in self.joint_names:
+            if name not in names:
+                raise ValueError(f"persons: the detector has no joint {name!r}, only {names}")
+        return [names.index(name) for name in self.joint_names]
 
     # -- files -------------------------------------------------------------------------------
 
