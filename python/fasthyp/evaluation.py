@@ -44,7 +44,7 @@ _SCORES = ("pck150", "auc", "cps_mm")  # the best is the greatest
 
 class Persons(Protocol):
     """What is evaluated on: a :class:`PersonBatch`, or a dataset that reads them on demand. One
-    that has ``group(rows)``, a name of each person's action or sequence, gets a row per name."""
+    whose ``groups(rows)`` names each person's action or sequence gets a row per name."""
 
     def __len__(self) -> int: ...
 
@@ -120,7 +120,8 @@ def evaluate(
         persons = data[part].to(device)
         numbers, joined = _numbers(model, persons, wanted, seed, start, joints, joined)
         names = names or tuple(name for name in numbers if not name.startswith("_"))
-        for name, chosen in _rows_of(persons, getattr(data, "group", None), part, hard_sigma):
+        labels = data.groups(part) if hasattr(data, "groups") else None
+        for name, chosen in _rows_of(persons, labels, hard_sigma):
             if name not in rows:
                 rows[name] = _Row(names, device)
             rows[name].update(numbers, chosen)
@@ -142,7 +143,11 @@ def evaluate(
         "joints": list(shared[0]),
         "root": list(shared[1]),
         **{name: results[name] for name in ("all", "hard") if name in results},
-        **({"groups": groups, "mean_over_groups": _mean_of(list(groups.values()))} if groups else {}),
+        **(
+            {"groups": groups, "mean_over_groups": _mean_of(list(groups.values()))}
+            if groups
+            else {}
+        ),
     }
 
 
@@ -151,7 +156,7 @@ def _persons_at_a_time(batch_size: int, hypotheses: int, vertices: bool) -> int:
 
 
 def _rows_of(
-    persons: PersonBatch, group: Any, part: slice, hard_sigma: float
+    persons: PersonBatch, labels: Sequence[str] | None, hard_sigma: float
 ) -> Iterable[tuple[str, Tensor]]:
     """Names of rows, and which of these persons they are about (B,)."""
     everyone = torch.ones(len(persons), dtype=torch.bool)
@@ -161,8 +166,7 @@ def _rows_of(
         b = persons.covariance[..., 0, 1]
         variance = (a + d) / 2 + torch.hypot((a - d) / 2, b)
         yield "hard", (variance > hard_sigma**2).any(1).cpu()
-    if group is not None:
-        labels = list(group(part))
+    if labels is not None:
         for label in sorted(set(labels)):
             yield f"group {label}", torch.tensor([other == label for other in labels])
 
@@ -260,9 +264,7 @@ def _numbers(
     return numbers, names
 
 
-def _errors(
-    poses: Tensor, truth: Tensor, known: Tensor, names: _Joints
-) -> dict[str, Tensor]:
+def _errors(poses: Tensor, truth: Tensor, known: Tensor, names: _Joints) -> dict[str, Tensor]:
     """(B, M) of hypotheses (B, M, J, 3); NaN where no joint of the person is known."""
     truth = torch.where(known[..., None], truth, 0.0)[:, None]
     mask = known[:, None]

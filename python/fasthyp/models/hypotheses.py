@@ -48,8 +48,8 @@ class Hypothesiser(Protocol):
         the same hypotheses, and the first of them whatever their number.
 
         ``image_offset`` is the number of the first person, where these are part of a longer list:
-        hypothesis m of person p depends on the seed, p and m alone. (A model may lack it: evaluation
-        and sampling then ask for one person at a time.)
+        hypothesis m of person p depends on the seed, p and m alone. (A model may lack it: it is
+        then asked for one person at a time.)
         """
         ...
 
@@ -63,8 +63,8 @@ def draw(
     vertices: bool = False,
     image_offset: int = 0,
 ) -> Hypotheses:
-    """Hypotheses of persons that depend on the seed and the person's number alone, not on the split
-    into batches: ``model.hypotheses(...)``, one person at a time where it has no ``image_offset``."""
+    """``model.hypotheses(...)``, one person at a time where that has no ``image_offset``: what
+    comes depends on the seed and the person's number, not on the split into batches."""
     options = (include_mode, vertices)
     if "image_offset" in inspect.signature(model.hypotheses).parameters:
         return model.hypotheses(persons, num_samples, seed, *options, image_offset=image_offset)
