@@ -214,14 +214,14 @@ def _numbers(
     seed: int,
     first: int,
     joints: Sequence[str] | None,
-    names: _Joints | None,
+    known_names: _Joints | None,
 ) -> tuple[dict[str, Tensor], _Joints]:
     """What counts of each of B persons, by name; hypotheses a chunk at a time."""
     (true_joints,) = persons.need("joints_3d")
     most = wanted[-1]
     numbers: dict[str, Tensor] = {}
     best: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Any] = {}
     mean: Any = 0
     for chunk, start in enumerate(range(0, most, CHUNK)):
         count = min(CHUNK, most - start)
@@ -231,7 +231,7 @@ def _numbers(
             vertices=persons.vertices is not None,
             image_offset=first,
         )
-        names = names or _Joints(persons, answer, joints)
+        names = known_names = known_names or _Joints(persons, answer, joints)
         truth = names.centred(true_joints, names.of_data)
         known = truth.isfinite().all(-1)
         poses = names.centred(answer.joints_3d, names.of_model)
@@ -408,7 +408,7 @@ def _mean_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if isinstance(values[0], dict):
             mean[name] = _mean_of([value for value in values if isinstance(value, dict)])
         elif name == "persons":
-            mean[name] = sum(values)  # type: ignore[arg-type]
+            mean[name] = sum(values)
         else:
             known = [value for value in values if value is not None]
             mean[name] = sum(known) / len(known) if known else None

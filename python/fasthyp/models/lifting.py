@@ -326,7 +326,8 @@ class LiftingFlow(nn.Module):
         else:
             known = persons.need("amplitude", "mean", "covariance")
             given = [values[:, self._detected(persons)] for values in known]
-        cond = self.condition(*(values.to(self.centre) for values in given), size)
+        amplitude, mean, covariance = (values.to(self.centre) for values in given)
+        cond = self.condition(amplitude, mean, covariance, size)
         options = (seed, include_mode, True, "high", image_offset)
         pose, log_prob = self.sample(cond, num_samples, *options)
         return Hypotheses(pose, self.joint_names, log_prob)
