@@ -313,8 +313,7 @@ class ZarrArrays(Arrays):
 
     def texts(self, name: str) -> list[str]:
         self.need(name)
-        array = self._group()[name]
-        self._refuse_pickles(name, array)
+        array = self._item(name)
         if array.dtype.kind not in "UT":
             raise ValueError(f"{self.path}: {name}: expected texts, got {array.dtype}")
         return [str(value) for value in np.asarray(array[:]).ravel().tolist()]
@@ -323,15 +322,19 @@ class ZarrArrays(Arrays):
         return self._held("", lambda: _zarr_group(self.path))
 
     def _open(self, name: str) -> Any:
-        array = self._group()[name]
-        self._refuse_pickles(name, array)
+        array = self._item(name)
         self._numbers(name, array.dtype)
         return array
 
-    def _refuse_pickles(self, name: str, array: Any) -> None:
-        described = str(array.metadata.to_dict()).lower()
+    def _item(self, name: str) -> Any:
+        try:
+            array = self._group()[name]
+            described = str(array.metadata.to_dict()).lower()
+        except Exception as error:  # of many kinds, and different ones in each release
+            raise ValueError(f"{self.path}: {name}: not a readable array: {error}") from error
         if "pickle" in described:
             raise ValueError(f"{self.path}: {name}: refused, its chunks are pickles")
+        return array
 
 
 def _zarr_group(path: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fasthyp.data.readers._body import body_for, rotations
-from fasthyp.data.readers._containers import array_of, entry
+from fasthyp.data.readers._containers import entry
 from fasthyp.data.readers._dataset import (
     Clip,
     Fields,
@@ -20,7 +20,7 @@ from fasthyp.data.readers._dataset import (
     projected,
     square_about,
 )
-from fasthyp.data.readers.three_dpw import _Sequence, in_camera, rotations_times
+from fasthyp.data.readers.three_dpw import SequenceFile, in_camera, rotations_times
 from fasthyp.skeleton import SMPL24_JOINTS
 
 
@@ -59,49 +59,46 @@ def emdb(
         raise ValueError(f"{root}: expected files *_data.pkl")
     clips = []
     for file in files:
-        sequence = _Sequence(str(file))
+        sequence = SequenceFile(str(file))
         name = str(sequence.value.get("name", file.stem.removesuffix("_data")))
         wanted = sequences is None or name in sequences
         if wanted and (subset is None or sequence.value.get(f"emdb{subset}")):
-            frames = np.flatnonzero(sequence.array("good_frames_mask", "T"))
+            frames = np.flatnonzero(sequence.array("good_frames_mask", shape=("T",)))
             clips.append(Clip(name, len(frames), _Frames(sequence, frames, body), name))
-        sequence.forget()
     return PersonDataset(clips, SMPL24_JOINTS, (), every)
 
 
 @dataclass(frozen=True)
 class _Frames:
-    sequence: _Sequence
+    sequence: SequenceFile
     frames: np.ndarray
     body: Any
 
     def __call__(self, rows: np.ndarray) -> Fields:
-        frames = self.frames[rows]
-        camera = self._array("camera", "extrinsics", "T", 4, 4)[frames]
+        sequence, frames = self.sequence, self.frames[rows]
+        camera = sequence.array("camera", "extrinsics", shape=("T", 4, 4))[frames]
         turn, shift = camera[:, :3, :3], camera[:, :3, 3]
-        intrinsics = self._array("camera", "intrinsics", 3, 3)
-        orient = rotations(self._array("smpl", "poses_root", "T", 3)[frames])[:, 0].numpy()
-        betas = self._array("smpl", "betas", "S")[:10]
+        intrinsics = sequence.array("camera", "intrinsics", shape=(3, 3))
+        orient = rotations(sequence.array("smpl", "poses_root", shape=("T", 3))[frames])[
+            :, 0
+        ].numpy()
+        betas = sequence.array("smpl", "betas", shape=("S",))[:10]
         focal = np.full(len(rows), intrinsics[[0, 1], [0, 1]].mean())
         centre = np.broadcast_to(intrinsics[:2, 2], (len(rows), 2))
-        points = self.sequence.array("kp2d", "T", 24, 2)[frames]
+        points = sequence.array("kp2d", shape=("T", 24, 2))[frames]
         fields: Fields = {
             "global_orient": rotations_times(turn, orient),
-            "body_pose": rotations(self._array("smpl", "poses_body", "T", 69)[frames]),
+            "body_pose": rotations(sequence.array("smpl", "poses_body", shape=("T", 69))[frames]),
             "betas": np.broadcast_to(betas, (len(rows), len(betas))),
             "focal_length": focal,
             "centre": centre,
             "joints_2d": points,
         }
         if self.body is not None:
-            gender = str(entry(self.sequence.value, self.sequence.path, "gender"))
-            body = body_for(self.body, gender, self.sequence.path)
-            trans = self._array("smpl", "trans", "T", 3)[frames]
+            gender = str(entry(sequence.value, sequence.path, "gender"))
+            body = body_for(self.body, gender, sequence.path)
+            trans = sequence.array("smpl", "trans", shape=("T", 3))[frames]
             fields |= in_camera(body, fields, turn, shift, trans)
             whole = np.asarray(fields["joints_3d"]) + np.asarray(fields["translation"])[:, None]
             fields["joints_2d"] = projected(whole, focal, centre)
         return into_cells(fields, *square_about(points))
-
-    def _array(self, part: str, name: str, *shape: int | str) -> np.ndarray:
-        value = entry(self.sequence.value, self.sequence.path, part, name)
-        return array_of(value, f"{self.sequence.path}: {part}/{name}", *shape)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,60 +61,52 @@ def three_dpw(
     for file in files:
         if sequences is not None and file.stem not in sequences:
             continue
-        sequence = _Sequence(str(file))
+        sequence = SequenceFile(str(file))
         for person in range(len(entry(sequence.value, str(file), "poses"))):
             valid = sequence.person("campose_valid", person, "T").reshape(-1) > 0
             frames = np.flatnonzero(valid)
             reader = _Frames(sequence, person, frames, body, sigma)
             clips.append(Clip(f"{file.stem}/{person}", len(frames), reader, file.stem))
-        sequence.forget()
     return PersonDataset(clips, SMPL24_JOINTS, OPENPOSE18_JOINTS, every)
 
 
-@dataclass
-class _Sequence:
-    """One file; read when first asked for, and kept until another one is."""
+@dataclass(frozen=True)
+class SequenceFile:
+    """The pickle of a sequence, a dict; of those that a process reads the last two stay in memory.
+
+    Attributes:
+        path: of the file.
+    """
 
     path: str
-    _value: Any = field(default=None, repr=False)
 
     @property
     def value(self) -> dict[str, Any]:
-        if self._value is None:
-            value = read_pickled(self.path)
-            if not isinstance(value, dict):
-                raise ValueError(f"{self.path}: expected a dict, got {type(value).__name__}")
-            self._value = value
-            _keep(self)
-        return self._value
-
-    def forget(self) -> None:
-        self._value = None
+        state = os.stat(self.path)
+        value = _read(self.path, state.st_mtime_ns, state.st_size)
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.path}: expected a dict, got {type(value).__name__}")
+        return value
 
     def person(self, name: str, number: int, *shape: int | str) -> np.ndarray:
+        """What a list of the file has of one of its persons."""
         value = entry(self.value, self.path, name, number)
         return array_of(value, f"{self.path}: {name}[{number}]", *shape)
 
-    def array(self, name: str, *shape: int | str) -> np.ndarray:
-        return array_of(entry(self.value, self.path, name), f"{self.path}: {name}", *shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_value": None}
-
-
-_KEPT: list[_Sequence] = []
+    def array(self, *keys: str, shape: tuple[int | str, ...]) -> np.ndarray:
+        """An array under keys of nested dicts."""
+        value = entry(self.value, self.path, *keys)
+        return array_of(value, f"{self.path}: {'/'.join(keys)}", *shape)
 
 
-def _keep(sequence: _Sequence) -> None:
-    """Of all sequences that a process reads, the last two stay in memory."""
-    _KEPT.append(sequence)
-    while len(_KEPT) > 2:
-        _KEPT.pop(0).forget()
+@lru_cache(maxsize=2)
+def _read(path: str, modified: int, size: int) -> Any:
+    return read_pickled(path)
 
 
 @dataclass(frozen=True)
 class _Frames:
-    sequence: _Sequence
+    sequence: SequenceFile
     number: int
     frames: np.ndarray
     body: Any
@@ -121,9 +114,9 @@ class _Frames:
 
     def __call__(self, rows: np.ndarray) -> Fields:
         sequence, number, frames = self.sequence, self.number, self.frames[rows]
-        camera = sequence.array("cam_poses", "T", 4, 4)[frames]
+        camera = sequence.array("cam_poses", shape=("T", 4, 4))[frames]
         turn, shift = camera[:, :3, :3], camera[:, :3, 3]
-        intrinsics = sequence.array("cam_intrinsics", 3, 3)
+        intrinsics = sequence.array("cam_intrinsics", shape=(3, 3))
         pose = rotations(sequence.person("poses", number, "T", 72)[frames])
         orient = rotations_times(turn, pose[:, 0].numpy())
         betas = sequence.person("betas", number, "S")[:10]
