@@ -567,20 +567,10 @@ def test_heatmaps(tmp_path: Path, kind: str) -> None:
     close(data[[5, 0, 1]].heatmaps, maps[[5, 0, 1]], atol=0)
     expected = tuple(f"joint {k}" for k in range(17)) if kind == "h5" else COCO17_JOINTS
     assert data[0].detector_names == expected
-    # every process opens the file for itself
-    for start in ("fork", "spawn"):
-        loader = DataLoader(
-            data,
-            batch_size=3,
-            num_workers=1,
-            collate_fn=PersonBatch.cat,
-            multiprocessing_context=start,
-        )
-        if start == "spawn" and kind != "h5":
-            pickle.loads(pickle.dumps(data))[1]
-            continue
-        found = torch.cat([batch.heatmaps for batch in loader])
-        close(found, maps, atol=0)
+    pickle.loads(pickle.dumps(data))[1]
+    # a worker opens the file for itself
+    loader = DataLoader(data, batch_size=3, num_workers=1, collate_fn=PersonBatch.cat)
+    close(torch.cat([batch.heatmaps for batch in loader]), maps, atol=0)
 
 
 def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,7 +639,7 @@ def test_zarr_whose_chunks_are_pickles(
         chunk.write_bytes(pickle.dumps(Evil()))
     Path("m.zarr/.zmetadata").unlink(missing_ok=True)
     with pytest.raises(
-        ValueError, match=r"m\.zarr.*(refused, its chunks are pickles|not a readable)"
+        ValueError, match=r"m\.zarr.*(refused, its chunks are pickles|not a readable Zarr)"
     ):
         persons("m.zarr")[0]
     assert not Path("pwned").exists()

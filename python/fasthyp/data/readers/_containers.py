@@ -305,7 +305,11 @@ class ZarrArrays(Arrays):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._names = tuple(self._group().array_keys())
+        optional("zarr")
+        try:
+            self._names = tuple(self._group().array_keys())
+        except Exception as error:  # of many kinds, and different ones in each release
+            raise ValueError(f"{self.path}: not a readable Zarr group: {error}") from error
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -319,7 +323,7 @@ class ZarrArrays(Arrays):
         return [str(value) for value in np.asarray(array[:]).ravel().tolist()]
 
     def _group(self) -> Any:
-        return self._held("", lambda: _zarr_group(self.path))
+        return self._held("", lambda: optional("zarr").open_group(self.path, mode="r"))
 
     def _open(self, name: str) -> Any:
         array = self._item(name)
@@ -335,14 +339,6 @@ class ZarrArrays(Arrays):
         if "pickle" in described:
             raise ValueError(f"{self.path}: {name}: refused, its chunks are pickles")
         return array
-
-
-def _zarr_group(path: str) -> Any:
-    zarr = optional("zarr")
-    try:
-        return zarr.open_group(path, mode="r")
-    except Exception as error:  # of many kinds, and different ones in each release
-        raise ValueError(f"{path}: not a readable Zarr group: {error}") from error
 
 
 def open_arrays(path: str | os.PathLike[str], name: str = "heatmaps") -> Arrays:
