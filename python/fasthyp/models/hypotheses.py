@@ -64,7 +64,28 @@ def draw(
     image_offset: int = 0,
 ) -> Hypotheses:
     """``model.hypotheses(...)``, one person at a time where that has no ``image_offset``: what
-    comes depends on the seed and the person's number, not on the split into batches."""
+    comes depends on the seed and the person's number, not on the split into batches.
+
+    Raises:
+        ValueError: a hypothesis is not finite; names the person.
+    """
+    answer = _drawn(model, persons, num_samples, seed, include_mode, vertices, image_offset)
+    lost = (~answer.joints_3d.isfinite().flatten(1).all(1)).nonzero()
+    if len(lost):
+        number = image_offset + int(lost[0])
+        raise ValueError(f"model: its hypotheses of person {number} are not finite")
+    return answer
+
+
+def _drawn(
+    model: Hypothesiser,
+    persons: PersonBatch,
+    num_samples: int,
+    seed: int,
+    include_mode: bool,
+    vertices: bool,
+    image_offset: int,
+) -> Hypotheses:
     options = (include_mode, vertices)
     if "image_offset" in inspect.signature(model.hypotheses).parameters:
         return model.hypotheses(persons, num_samples, seed, *options, image_offset=image_offset)

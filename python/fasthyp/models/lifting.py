@@ -313,24 +313,38 @@ class LiftingFlow(nn.Module):
         Args:
             persons: with the Gaussians ``amplitude``, ``mean`` and ``covariance`` of detector
                 joints among which the 13 are, in cells of a map of 64 x 64, or, where there are
-                none, with ``heatmaps``, which are then fitted.
+                none, with ``heatmaps``, which are then fitted. A joint whose Gaussian is NaN, or
+                whose heatmap could not be fitted, enters as a wide blob about the others; a person
+                of whom there is none gets NaN.
 
         Raises:
             ValueError: neither is known, or the detector lacks one of the 13 joints; names it.
         """
+        from fasthyp.estimator import condition_of, is_fitted
+        from fasthyp.observations import Gaussians
+
+        joints = self._detected(persons)
         size = (64, 64)
         if persons.mean is None and persons.heatmaps is not None:
-            fit = fit_gaussians(persons.heatmaps[:, self._detected(persons)])
-            given = [fit.amplitude, fit.mean, fit.covariance]
             size = (persons.heatmaps.shape[-2], persons.heatmaps.shape[-1])
+            fit = fit_gaussians(persons.heatmaps[:, joints])
+            given = Gaussians(fit.amplitude, fit.mean, fit.covariance)
+            observed = is_fitted(fit)
         else:
             known = persons.need("amplitude", "mean", "covariance")
-            given = [values[:, self._detected(persons)] for values in known]
-        amplitude, mean, covariance = (values.to(self.centre) for values in given)
-        cond = self.condition(amplitude, mean, covariance, size)
+            given = Gaussians(*(values[:, joints] for values in known))
+            numbers = [given.amplitude[..., None], given.mean, given.covariance.flatten(-2)]
+            observed = torch.cat(numbers, -1).isfinite().all(-1)
+        cond = condition_of(self, given, observed, size)
         options = (seed, include_mode, True, "high", image_offset)
         pose, log_prob = self.sample(cond, num_samples, *options)
-        return Hypotheses(pose, self.joint_names, log_prob)
+        assert isinstance(log_prob, Tensor)
+        lost = ~observed.any(1)[:, None]  # a ReLU in the flow may have lost the condition's NaN
+        return Hypotheses(
+            pose.masked_fill(lost[..., None, None], torch.nan),
+            self.joint_names,
+            log_prob.masked_fill(lost, torch.nan),
+        )
 
     def _detected(self, persons: PersonBatch) -> list[int]:
         """Where the 13 joints are among the detector's."""

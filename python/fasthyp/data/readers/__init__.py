@@ -14,6 +14,7 @@ from typing import Any
 from fasthyp.data.readers._containers import NpzArrays
 from fasthyp.data.readers._dataset import Clip, PersonDataset
 from fasthyp.data.readers.arrays import persons, save_persons
+from fasthyp.data.readers.cmu import cmu
 from fasthyp.data.readers.emdb import emdb
 from fasthyp.data.readers.hmr import hmr
 from fasthyp.data.readers.human36m import human36m, wehrbein
@@ -22,6 +23,7 @@ from fasthyp.data.readers.three_dpw import three_dpw
 
 FORMATS: dict[str, Callable[..., PersonDataset]] = {
     "persons": persons,
+    "cmu": cmu,
     "h36m": human36m,
     "wehrbein": wehrbein,
     "3dhp": mpi_inf_3dhp,
@@ -84,6 +86,8 @@ def guess_format(path: str | os.PathLike[str]) -> str:
         return "emdb" if file.stem.endswith("_data") else "3dpw"
     elif file.suffix == ".npz":
         names = set(NpzArrays(file).names)
+        if "coco13_mm" in names:
+            return "cmu"
         if "positions_3d" in names:
             return "h36m"
         if names == {"data"}:
@@ -98,6 +102,7 @@ __all__ = [
     "FORMATS",
     "Clip",
     "PersonDataset",
+    "cmu",
     "emdb",
     "guess_format",
     "hmr",
