@@ -47,17 +47,17 @@ COCO13_PARENTS = (-1, 0, 0, 1, 2, 3, 4, 1, 2, 7, 8, 9, 10)
 
 H36M17_JOINTS = (
     *("pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
-    *("spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist"),
+    *("spine", "thorax", "neck", "head", "left_shoulder", "left_elbow", "left_wrist"),
     *("right_shoulder", "right_elbow", "right_wrist"),
 )
-"""The 17 joints of Human3.6M."""
+"""Human3.6M's 17 joints in the order of the data set; "neck" is at the chin, "head" the top."""
 
 MPII16_JOINTS = (
     *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "pelvis"),
-    *("spine", "thorax", "head", "right_wrist", "right_elbow", "right_shoulder"),
+    *("thorax", "upper_neck", "head_top", "right_wrist", "right_elbow", "right_shoulder"),
     *("left_shoulder", "left_elbow", "left_wrist"),
 )
-"""The 16 joints of MPII."""
+"""MPII's 16 joints; "thorax" is between the shoulders."""
 
 COCO17_JOINTS = (
     *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
@@ -87,7 +87,10 @@ SMPL24_JOINTS = (
     *("left_collar", "right_collar", "head", "left_shoulder", "right_shoulder"),
     *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand"),
 )
-"""The 24 joints of SMPL."""
+"""The skeleton of SMPL; the first 22 are also those of SMPL+H and SMPL-X."""
+
+SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
+"""The joint next to each of SMPL's 24 on the way to the pelvis; -1 for the pelvis itself."""
 
 HMR24_JOINTS = (
     *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle"),
