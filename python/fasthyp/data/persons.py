@@ -115,7 +115,7 @@ class PersonBatch:
         if not len(self):
             raise ValueError(f"{path}: no persons to write")
         arrays: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in self.tensors().items()}
-        arrays |= {k: np.array(getattr(self, k)) for k in _NAMES if getattr(self, k)}
+        arrays |= {k: np.array(getattr(self, k)) for k in NAMES if getattr(self, k)}
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
@@ -134,7 +134,7 @@ class PersonBatch:
             raise FileNotFoundError(f"{file}: no such file")
         arrays = dict(read_npz(file, "biufU"))
         values: dict[str, Any] = {}
-        for name in _NAMES:
+        for name in NAMES:
             if name in arrays:
                 names = arrays.pop(name)
                 if names.ndim != 1 or names.dtype.kind != "U":
@@ -146,9 +146,11 @@ class PersonBatch:
             if name in values
         }
         for name, array in arrays.items():
-            if name not in _SHAPES:
+            if name not in SHAPES:
                 raise ValueError(f"{file}: unknown array {name}")
-            _check(f"{file}: {name}", array, _SHAPES[name], sizes)
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"{file}: {name}: expected numbers, got {array.dtype}")
+            check_shape(f"{file}: {name}", array.shape, SHAPES[name], sizes)
             kind = np.bool_ if name == "visible" else np.float32
             with np.errstate(over="ignore"):
                 array = np.ascontiguousarray(array, kind)
@@ -156,12 +158,12 @@ class PersonBatch:
                 raise ValueError(f"{file}: {name}: expected finite values in float32")
             values[name] = torch.from_numpy(array.copy())
         if not arrays:
-            raise ValueError(f"{file}: expected arrays of {', '.join(_SHAPES)}, found none")
+            raise ValueError(f"{file}: expected arrays of {', '.join(SHAPES)}, found none")
         return PersonBatch(**values)
 
 
-_NAMES = ("joint_names", "detector_names")
-_SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
+NAMES = ("joint_names", "detector_names")
+SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "joints_3d": (("J", 3),),
     "joints_2d": (("J", 2),),
     "translation": ((3,),),
@@ -181,28 +183,27 @@ _SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
 """Of each field, beyond its rows: the shapes it may have; a letter stands for one size."""
 
 
-def _check(
+def check_shape(
     name: str,
-    array: np.ndarray,
+    got: tuple[int, ...],
     shapes: tuple[tuple[str | int, ...], ...],
     sizes: dict[str, int],
 ) -> None:
-    """ValueError unless the array has one of the shapes, with B rows as all the others."""
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: expected numbers, got {array.dtype}")
+    """ValueError unless a field has one of the shapes, with B rows as all the others; ``sizes`` of
+    the letters are kept."""
     for shape in shapes:
         letters = ("B", *shape)
-        if array.ndim == len(letters):
+        if len(got) == len(letters) and 0 not in got:
             known = [
                 sizes.get(k, n) if isinstance(k, str) else k
-                for k, n in zip(letters, array.shape, strict=True)
+                for k, n in zip(letters, got, strict=True)
             ]
-            if tuple(known) == array.shape and array.size:
-                pairs = zip(letters, array.shape, strict=True)
+            if tuple(known) == got:
+                pairs = zip(letters, got, strict=True)
                 sizes.update({k: n for k, n in pairs if isinstance(k, str)})
                 return
     wanted = " or ".join(
         "(" + ", ".join(f"{k}={sizes[k]}" if k in sizes else str(k) for k in ("B", *shape)) + ")"
         for shape in shapes
     )
-    raise ValueError(f"{name}: expected shape {wanted}, got {array.shape}")
+    raise ValueError(f"{name}: expected shape {wanted}, got {got}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from fasthyp.data.readers._containers import NpzArrays
 from fasthyp.data.readers._dataset import Clip, PersonDataset
-from fasthyp.data.readers.arrays import persons, save_persons
+from fasthyp.data.readers.arrays import persons
 from fasthyp.data.readers.cmu import cmu
 from fasthyp.data.readers.emdb import emdb
 from fasthyp.data.readers.hmr import hmr
@@ -86,7 +86,7 @@ def guess_format(path: str | os.PathLike[str]) -> str:
         return "emdb" if file.stem.endswith("_data") else "3dpw"
     elif file.suffix == ".npz":
         names = set(NpzArrays(file).names)
-        if "coco13_mm" in names:
+        if names & {"coco13_mm", "poses_mm"}:
             return "cmu"
         if "positions_3d" in names:
             return "h36m"
@@ -110,7 +110,6 @@ __all__ = [
     "mpi_inf_3dhp",
     "open_persons",
     "persons",
-    "save_persons",
     "three_dpw",
     "wehrbein",
 ]
