@@ -19,17 +19,16 @@ import torch.multiprocessing as mp
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-import fasthyp
 from fasthyp import evaluation
 from fasthyp._processes import joined
 from fasthyp.cli import main
 from fasthyp.data.persons import PersonBatch
-from fasthyp.data.readers import persons
+from fasthyp.data.readers import cmu, persons
 from fasthyp.evaluation import evaluate
-from fasthyp.models import Hypotheses, LiftingFlow, load
+from fasthyp.models import Hypotheses, LiftingFlow, Regression, load
 from fasthyp.models.hypotheses import derive_seed, draw
-from fasthyp.skeleton import COCO13_JOINTS
-from tests.synthetic import write_mocap
+from fasthyp.skeleton import COCO13_JOINTS, H36M17_JOINTS, MPII16_JOINTS
+from tests.synthetic import mocap_arrays, write_mocap
 
 NAMES = ("pelvis", "right_hip", "left_hip", "spine", "head", "neck", "left_wrist", "right_wrist")
 
@@ -425,7 +424,7 @@ def test_load(tmp_path: Path) -> None:
 
 
 def test_lifting_answers(tmp_path: Path) -> None:
-    data = fasthyp.data.readers.cmu(write_mocap(tmp_path / "cmu.npz"), persons=4)
+    data = cmu(write_mocap(tmp_path / "cmu.npz"), persons=4)
     model = load("lifting")
     batch = data[:]
     whole = model.hypotheses(batch, 20, seed=2)
@@ -452,6 +451,42 @@ def test_lifting_answers(tmp_path: Path) -> None:
         model.hypotheses(PersonBatch(mean=mean, detector_names=("nose",)), 5)
     with pytest.raises(ValueError, match="expected amplitude"):
         model.hypotheses(PersonBatch(mean=mean, detector_names=COCO13_JOINTS), 5)
+
+
+def write_h36m17(path: Path, frames: int = 12) -> Path:
+    """Motion capture with Human3.6M's joints: those of the 13, and a spine and a head."""
+    arrays = mocap_arrays(frames)
+    pose = arrays.pop("coco13_mm")
+    del arrays["coco13_names"]
+    hips, shoulders = pose[:, 7:9].mean(1), pose[:, 1:3].mean(1)
+    spine, nose = (hips + shoulders) / 2, pose[:, 0]
+    top = nose + np.array([-100, 0, 150], np.float32)
+    own = {0: hips, 7: spine, 8: shoulders, 9: nose, 10: top}
+    coco = {1: 8, 2: 10, 3: 12, 4: 7, 5: 9, 6: 11, 11: 1, 12: 3, 13: 5, 14: 2, 15: 4, 16: 6}
+    joints = [own[j] if j in own else pose[:, coco[j]] for j in range(17)]
+    names = ["Hip", "RHip", "RKnee", "RFoot", "LHip", "LKnee", "LFoot", "Spine", "Thorax"]
+    names += ["Neck/Nose", "Head", "LShoulder", "LElbow", "LWrist"]
+    names += ["RShoulder", "RElbow", "RWrist"]
+    np.savez(path, **arrays, poses_mm=np.stack(joints, 1), h36m17_names=np.array(names))
+    return path
+
+
+def test_another_model_and_its_mesh(tmp_path: Path) -> None:
+    data = cmu(write_h36m17(tmp_path / "cmu.npz"), detector="mpii16", persons=6)
+    assert data.detector_names == MPII16_JOINTS
+    Regression(features=96, width=8, target="body").save_pretrained(tmp_path / "run")
+    model = load(tmp_path / "run")
+    assert isinstance(model, Regression)
+    result = evaluate(model, data, (1, 3))
+    assert result["joints"] == list(H36M17_JOINTS)
+    row = result["all"]
+    assert row["mode"] == row["best_of"]["3"]  # it has one pose
+    assert row["mode"]["pve_mm"] > 10
+    assert row["sharpness_mm"] == pytest.approx(0, abs=1e-4)
+    assert (row["pcc"], row["coverage"]["0.95"]) == (None, 0)
+    poses = model(data[:].features).detach()
+    error = 1000 * (poses - data[:].joints_3d).norm(dim=-1).mean()  # type: ignore[operator]
+    assert row["mode"]["mpjpe_mm"] == pytest.approx(float(error), rel=1e-3)
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
