@@ -22,8 +22,9 @@ from torch import Tensor
 from fasthyp import evaluation
 from fasthyp._processes import joined
 from fasthyp.cli import main
+from fasthyp.cli._data import open_data
 from fasthyp.data.persons import PersonBatch
-from fasthyp.data.readers import cmu, persons
+from fasthyp.data.readers import cmu, persons, save_persons
 from fasthyp.evaluation import evaluate
 from fasthyp.models import Hypotheses, LiftingFlow, Regression, load
 from fasthyp.models.hypotheses import derive_seed, draw
@@ -105,12 +106,6 @@ def make(number: int = 9, noise: float = 0.05, mesh: bool = False, seed: int = 0
         # another order than the model's, and a joint that it lacks
         joint_names=NAMES,
     )
-
-
-def save(path: Path | str, batch: PersonBatch, groups: list[str]) -> None:
-    batch.save(path)
-    arrays = dict(np.load(path))
-    np.savez(path, **arrays, group=np.array(groups))
 
 
 def reordered(batch: PersonBatch) -> PersonBatch:
@@ -263,7 +258,7 @@ def test_unknown_joints_do_not_count() -> None:
 
 def test_hard_subset_and_groups(tmp_path: Path) -> None:
     batch = make(10)
-    save(tmp_path / "p.npz", batch, [f"action {i % 3}" for i in range(10)])
+    save_persons(tmp_path / "p.npz", batch, [f"action {i % 3}" for i in range(10)])
     data = persons(tmp_path / "p.npz", detector_names=("a", "b", "c", "d"))
     result = evaluate(Blurred(), data, (1, 5))
     assert result["hard"]["persons"] == 4
@@ -343,7 +338,7 @@ def test_two_processes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     write_mocap(Path("cmu.npz"))
-    save("p.npz", make(9), ["a", "a", "b", "b", "a", "a", "a", "b", "a"])
+    save_persons("p.npz", make(9), ["a", "a", "b", "b", "a", "a", "a", "b", "a"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -477,6 +472,12 @@ def test_another_model_and_its_mesh(tmp_path: Path) -> None:
     Regression(features=96, width=8, target="body").save_pretrained(tmp_path / "run")
     model = load(tmp_path / "run")
     assert isinstance(model, Regression)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "run").rename(tmp_path / "trained" / "model")  # as a training run leaves it
+    (tmp_path / "trained" / "config.json").write_text('{"steps": 1}')
+    assert isinstance(load(tmp_path / "trained"), Regression)
+    with pytest.raises(ValueError, match="precision: Regression has no choice, got 'medium'"):
+        draw(model, data[:1], 1, precision="medium")
     result = evaluate(model, data, (1, 3))
     assert result["joints"] == list(H36M17_JOINTS)
     row = result["all"]
@@ -517,3 +518,21 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "config.json" in capsys.readouterr().err
     assert main(["evaluate", "lifting", str(tmp_path / "none.npz")]) == 2
     assert "none.npz" in capsys.readouterr().err
+
+
+def test_features_of_gaussians(tmp_path: Path) -> None:
+    """Models of features take data sets that have Gaussians only, joints unseen among them."""
+    batch = cmu(write_h36m17(tmp_path / "cmu.npz"), detector="mpii16", persons=6)[:]
+    mean = batch.mean.clone()  # type: ignore[union-attr]
+    known = {"joints_3d": batch.joints_3d, "amplitude": batch.amplitude}
+    names = {"joint_names": batch.joint_names, "detector_names": batch.detector_names}
+    bare = PersonBatch(mean=mean, covariance=batch.covariance, **known, **names)  # type: ignore[arg-type]
+    save_persons(tmp_path / "p.npz", bare)
+    found = open_data(tmp_path / "p.npz", None, [])
+    torch.testing.assert_close(found[:6].features, batch.features)
+    mean[2, 3] = torch.nan
+    save_persons(tmp_path / "p.npz", bare)
+    features = open_data(tmp_path / "p.npz", None, [])[0:6].features
+    assert features is not None
+    assert features.isfinite().all()
+    assert torch.equal(features[3:], found[3:6].features)  # type: ignore[arg-type]

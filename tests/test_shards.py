@@ -18,7 +18,7 @@ import torch
 from fasthyp import shards
 from fasthyp.cli import main
 from fasthyp.data.persons import PersonBatch
-from fasthyp.data.readers import cmu, persons
+from fasthyp.data.readers import cmu, persons, save_persons
 from fasthyp.models import Hypotheses
 from fasthyp.shards import Shards, read_manifest, sample_shards, shard_path
 from tests.synthetic import write_mocap
@@ -54,7 +54,8 @@ class Noise:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Any:
-    PersonBatch(features=torch.arange(3.0 * N).view(N, 3)).save(tmp_path / "persons.npz")
+    batch = PersonBatch(features=torch.arange(3.0 * N).view(N, 3))
+    save_persons(tmp_path / "persons.npz", batch)
     return persons(tmp_path / "persons.npz")
 
 
@@ -199,7 +200,8 @@ def test_another_run_is_refused(
 
 
 def test_other_persons_are_refused(data: Any, expected: Any, tmp_path: Path) -> None:
-    PersonBatch(features=torch.arange(3.0 * N).view(N, 3) + 1).save(tmp_path / "others.npz")
+    batch = PersonBatch(features=torch.arange(3.0 * N).view(N, 3) + 1)
+    save_persons(tmp_path / "others.npz", batch)
     with pytest.raises(ValueError, match="holds another run: first_and_last"):
         run(persons(tmp_path / "others.npz"), tmp_path / "alone")
     with pytest.raises(ValueError, match="holds another run: persons is 23 there, 12 now"):
@@ -260,7 +262,7 @@ def test_command(
             np.testing.assert_allclose(found[person][1:], single["hypotheses"][person], atol=1e-3)
     for bad, message in (
         (["--plot", "a.png"], "expected no --plot"),
-        (["--precision", "medium"], "expected no --plot, --person or --precision"),
+        (["--precision", "highest"], "precision is 'high' there, 'highest' now"),
         (["-n", "6"], "num_samples is 5 there, 6 now"),
         (["--out", source], "expected a folder"),
     ):

@@ -57,6 +57,7 @@ def sample_shards(
     shard_size: int = 1000,
     batch_size: int = 16,
     device: torch.device | str = "cpu",
+    precision: str = "high",
     rank: int = 0,
     world: int = 1,
     about: dict[str, str] | None = None,
@@ -76,6 +77,7 @@ def sample_shards(
         shard_size: persons per file.
         batch_size: persons at a time; changes no hypothesis (on a GPU: but for rounding).
         device: where to compute.
+        precision: ``"highest"``, ``"high"`` or ``"medium"``, where the model has the choice.
         rank, world: which of how many processes this is.
         about: names to be kept in the manifest, such as those of the model and the data.
         progress: called with the number of persons done since the last call.
@@ -108,6 +110,7 @@ def sample_shards(
         "shard_size": shard_size,
         "num_samples": num_samples,
         "seed": seed,
+        "precision": precision,
         "weights": _weights(model),
         "first_and_last": _digest_of(PersonBatch.cat([data[:1], data[len(data) - 1 : len(data)]])),
     }
@@ -130,7 +133,9 @@ def sample_shards(
         for start in range(first, stop, batch_size):
             end = min(start + batch_size, stop)
             persons = data[start:end].to(device)
-            answer = draw(model, persons, num_samples, seed, image_offset=start)
+            answer = draw(
+                model, persons, num_samples, seed, image_offset=start, precision=precision
+            )
             found = {"hypotheses": answer.joints_3d * _MILLIMETRES}
             if answer.log_prob is not None:
                 found["log_prob"] = answer.log_prob

@@ -29,6 +29,7 @@ from fasthyp.data.readers import (
     mpi_inf_3dhp,
     open_persons,
     persons,
+    save_persons,
     three_dpw,
     wehrbein,
 )
@@ -518,10 +519,9 @@ def batch_of(number: int) -> PersonBatch:
 
 def test_persons_round_trip(tmp_path: Path) -> None:
     batch = batch_of(9)
-    batch.save(tmp_path / "p.npz")
+    save_persons(tmp_path / "p.npz", batch)
     assert persons(tmp_path / "p.npz").groups([0]) is None
-    arrays = dict(np.load(tmp_path / "p.npz"))
-    np.savez(tmp_path / "p.npz", **arrays, group=np.array([f"g{i % 2}" for i in range(9)]))
+    save_persons(tmp_path / "p.npz", batch, [f"g{i % 2}" for i in range(9)])
     data = persons(tmp_path / "p.npz")
     assert isinstance(data.clips[0].read.arrays._array("mean"), np.memmap)  # type: ignore[attr-defined]
     for rows in (slice(None), [8, 0, 3], slice(7, 2, -2), torch.arange(9) % 2 == 0, 4, -1):
@@ -701,14 +701,14 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             open_persons(tmp_path / "x.npz")
 
-    wrong(r"mean: expected shape \(B, K, 2\), got \(3, 16\)", mean=np.zeros((3, 16)))
+    wrong(r"mean: expected shape \(N, K, 2\), got \(3, 16\)", mean=np.zeros((3, 16)))
     wrong(
-        r"mean: expected shape \(B=2, K=16, 2\)",
+        "as many rows",
         mean=np.zeros((3, 16, 2)),
         amplitude=np.zeros((2, 16)),
     )
     wrong(
-        r"mean: expected shape \(B=3, K=15, 2\)",
+        r"mean: expected shape \(N, 15, 2\)",
         mean=np.zeros((3, 16, 2)),
         amplitude=np.zeros((3, 15)),
     )

@@ -170,8 +170,8 @@ def sample(
     if shard_size is not None:
         from fasthyp.cli._shards import run as run_sharded
 
-        if plot is not None or person is not None or precision is not Precision.high:
-            raise ValueError("--shard-size: expected no --plot, --person or --precision with it")
+        if plot is not None or person is not None:
+            raise ValueError("--shard-size: expected no --plot and no --person with it")
         run_sharded(
             *(input, out, str(model or "lifting")),
             format=format,
@@ -181,6 +181,7 @@ def sample(
             shard_size=shard_size,
             batch_size=batch_size,
             device=device.value,
+            precision=precision.value,
             as_json=as_json,
         )
         return

@@ -25,6 +25,7 @@ def run(
     shard_size: int,
     batch_size: int,
     device: str,
+    precision: str,
     as_json: bool,
 ) -> None:
     """Sample this process's shards and say what was done.
@@ -44,6 +45,7 @@ def run(
             shard_size=shard_size,
             batch_size=batch_size,
             device=here.device,
+            precision=precision,
             rank=here.rank,
             world=here.world,
             about={"model": model, "data": str(input)},

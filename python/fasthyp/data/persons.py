@@ -115,7 +115,7 @@ class PersonBatch:
         if not len(self):
             raise ValueError(f"{path}: no persons to write")
         arrays: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in self.tensors().items()}
-        arrays |= {k: np.array(getattr(self, k)) for k in NAMES if getattr(self, k)}
+        arrays |= {k: np.array(getattr(self, k)) for k in _NAMES if getattr(self, k)}
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
@@ -134,7 +134,7 @@ class PersonBatch:
             raise FileNotFoundError(f"{file}: no such file")
         arrays = dict(read_npz(file, "biufU"))
         values: dict[str, Any] = {}
-        for name in NAMES:
+        for name in _NAMES:
             if name in arrays:
                 names = arrays.pop(name)
                 if names.ndim != 1 or names.dtype.kind != "U":
@@ -146,11 +146,9 @@ class PersonBatch:
             if name in values
         }
         for name, array in arrays.items():
-            if name not in SHAPES:
+            if name not in _SHAPES:
                 raise ValueError(f"{file}: unknown array {name}")
-            if array.dtype.kind not in "biuf":
-                raise ValueError(f"{file}: {name}: expected numbers, got {array.dtype}")
-            check_shape(f"{file}: {name}", array.shape, SHAPES[name], sizes)
+            _check(f"{file}: {name}", array, _SHAPES[name], sizes)
             kind = np.bool_ if name == "visible" else np.float32
             with np.errstate(over="ignore"):
                 array = np.ascontiguousarray(array, kind)
@@ -158,12 +156,12 @@ class PersonBatch:
                 raise ValueError(f"{file}: {name}: expected finite values in float32")
             values[name] = torch.from_numpy(array.copy())
         if not arrays:
-            raise ValueError(f"{file}: expected arrays of {', '.join(SHAPES)}, found none")
+            raise ValueError(f"{file}: expected arrays of {', '.join(_SHAPES)}, found none")
         return PersonBatch(**values)
 
 
-NAMES = ("joint_names", "detector_names")
-SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
+_NAMES = ("joint_names", "detector_names")
+_SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
     "joints_3d": (("J", 3),),
     "joints_2d": (("J", 2),),
     "translation": ((3,),),
@@ -183,27 +181,28 @@ SHAPES: dict[str, tuple[tuple[str | int, ...], ...]] = {
 """Of each field, beyond its rows: the shapes it may have; a letter stands for one size."""
 
 
-def check_shape(
+def _check(
     name: str,
-    got: tuple[int, ...],
+    array: np.ndarray,
     shapes: tuple[tuple[str | int, ...], ...],
     sizes: dict[str, int],
 ) -> None:
-    """ValueError unless a field has one of the shapes, with B rows as all the others; ``sizes`` of
-    the letters are kept."""
+    """ValueError unless the array has one of the shapes, with B rows as all the others."""
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: expected numbers, got {array.dtype}")
     for shape in shapes:
         letters = ("B", *shape)
-        if len(got) == len(letters) and 0 not in got:
+        if array.ndim == len(letters):
             known = [
                 sizes.get(k, n) if isinstance(k, str) else k
-                for k, n in zip(letters, got, strict=True)
+                for k, n in zip(letters, array.shape, strict=True)
             ]
-            if tuple(known) == got:
-                pairs = zip(letters, got, strict=True)
+            if tuple(known) == array.shape and array.size:
+                pairs = zip(letters, array.shape, strict=True)
                 sizes.update({k: n for k, n in pairs if isinstance(k, str)})
                 return
     wanted = " or ".join(
         "(" + ", ".join(f"{k}={sizes[k]}" if k in sizes else str(k) for k in ("B", *shape)) + ")"
         for shape in shapes
     )
-    raise ValueError(f"{name}: expected shape {wanted}, got {got}")
+    raise ValueError(f"{name}: expected shape {wanted}, got {array.shape}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from fasthyp.data.readers._containers import NpzArrays
 from fasthyp.data.readers._dataset import Clip, PersonDataset
-from fasthyp.data.readers.arrays import persons
+from fasthyp.data.readers.arrays import persons, save_persons
 from fasthyp.data.readers.cmu import cmu
 from fasthyp.data.readers.emdb import emdb
 from fasthyp.data.readers.hmr import hmr
@@ -110,6 +110,7 @@ __all__ = [
     "mpi_inf_3dhp",
     "open_persons",
     "persons",
+    "save_persons",
     "three_dpw",
     "wehrbein",
 ]
