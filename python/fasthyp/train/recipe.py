@@ -32,9 +32,10 @@ from torchmetrics import Metric
 from fasthyp._files import replacing
 from fasthyp.data.persons import PersonBatch
 from fasthyp.data.simulated_persons import PersonSource, SimulatedPersons
+from fasthyp.data.stored_persons import StoredPersons, holds_poses
 from fasthyp.losses import weighted_sum
 from fasthyp.metrics import mpjpe, over_hypotheses
-from fasthyp.models._pretrained import PretrainedModel, config_from
+from fasthyp.models._pretrained import PretrainedModel, config_from, read_json
 from fasthyp.train.curves import Curves
 
 VALIDATION_SEED = 1
@@ -148,9 +149,26 @@ class Recipe(L.LightningModule):
         torch.manual_seed(config.seed)
 
     @classmethod
-    def make_source(cls, config: RecipeConfig, data: str | os.PathLike[str]) -> PersonSource:
-        """Simulated persons of the CMU poses in a file, as the recipe needs them."""
-        return SimulatedPersons(data, cls.detector, heatmaps=cls.heatmaps)
+    def make_source(
+        cls,
+        config: RecipeConfig,
+        data: str | os.PathLike[str],
+        validation: str | os.PathLike[str] | None = None,
+    ) -> PersonSource:
+        """Simulated persons of the CMU poses in a file, as the recipe needs them; or the persons
+        in a file and those to validate on in another (:meth:`PersonBatch.load`).
+
+        Raises:
+            ValueError, FileNotFoundError: unusable files.
+        """
+        if holds_poses(data):
+            if validation is not None:
+                raise ValueError(f"validation: expected none, {data} has validation poses")
+            return SimulatedPersons(data, cls.detector, heatmaps=cls.heatmaps)
+        if validation is None:
+            raise ValueError(f"validation: expected a file of persons as {data} is")
+        parts = {"train": PersonBatch.load(data), "validation": PersonBatch.load(validation)}
+        return StoredPersons(parts)
 
     # -- what a recipe says --------------------------------------------------------------------
 
@@ -546,18 +564,13 @@ def read_config(path: Path, recipe: Recipe | type[Recipe]) -> Any:
     Raises:
         ValueError: unreadable, another system's, or an unknown or wrong setting; names it.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable configuration: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = read_json(path)
     system = values.pop("system", recipe.name)
     if system != recipe.name:
         raise ValueError(f"{path}: expected a configuration of {recipe.name}, got {system!r}")
     try:
         return config_from(recipe.Config, values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
