@@ -41,6 +41,7 @@ from fasthyp.train.curves import Curves
 
 VALIDATION_SEED = 1
 _VALIDATION_CHUNK = 128  # persons at a time, whatever the number of processes
+_START_METHOD = "spawn"  # of processes: the only one that a GPU in use allows
 
 
 @dataclass(frozen=True)
@@ -595,7 +596,7 @@ def _trainer(
         strategy = DDPStrategy(find_unused_parameters=recipe.find_unused_parameters)
     elif devices > 1:
         strategy = DDPStrategy(
-            find_unused_parameters=recipe.find_unused_parameters, start_method="spawn"
+            find_unused_parameters=recipe.find_unused_parameters, start_method=_START_METHOD
         )
     return L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
