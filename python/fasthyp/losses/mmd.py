@@ -48,7 +48,8 @@ def latent_mmd_loss(
     if not isinstance(blocked, int) or not 0 <= blocked < shapes["D"]:
         raise ValueError(f"blocked: expected 0 to {shapes['D'] - 1}, got {blocked}")
     if not official:
-        _check_two("output", shapes["N"]), _check_two("target", shapes["P"])
+        _check_two("output", shapes["N"])
+        _check_two("target", shapes["P"])
     free = shapes["D"] - blocked
     x = torch.cat((output[:, :free], output[:, free:].detach()), dim=1)
     return mmd2(x, target, bandwidths, estimator="biased" if official else "unbiased")
@@ -146,7 +147,8 @@ def heatmap_mmd_loss(
     check_choice("estimator", estimator, ("biased", "unbiased"))
     check_choice("reduction", reduction, ("mean", "none"))
     if estimator == "unbiased":
-        _check_two("predicted", shapes["S"]), _check_two("samples", shapes["T"])
+        _check_two("predicted", shapes["S"])
+        _check_two("samples", shapes["T"])
     first = torch.arange(shapes["T"], device=samples.device) == 0
     sampled = (validity.sampled != 0)[:, None] & ~first[:, None]
     targets = torch.where(sampled[..., None], samples, keypoints[:, None])
