@@ -77,14 +77,16 @@ void forward(const Call& call, int threads) {
       sizes.level.points(call, i, 1, 0, call.model.tiles(), {groups.get(), work, nullptr});
   });
   if (!call.out || call.model.targets) return;
-  const std::int64_t parts = parts_of(call.model.tiles(), kPart);
-  each(parts_of(sizes.groups, kBlock) * parts, threads, sizes.work,
-       [&](std::int64_t i, void* work) {
-         const std::int64_t group = i / parts * kBlock, tile = i % parts * kPart;
-         sizes.level.points(call, group, static_cast<int>(std::min(kBlock, sizes.groups - group)),
-                            tile, std::min(kPart, call.model.tiles() - tile),
-                            {groups.get(), work, nullptr});
-       });
+  // A few bodies: smaller parts, so that all threads are busy to the end.
+  const std::int64_t tiles = call.model.tiles(), blocks = parts_of(sizes.groups, kBlock);
+  const std::int64_t even = parts_of(tiles, std::max<std::int64_t>(4 * threads / blocks, 1));
+  const std::int64_t part = std::clamp<std::int64_t>((even + 3) / 4 * 4, 8, kPart);
+  const std::int64_t parts = parts_of(tiles, part);
+  each(blocks * parts, threads, sizes.work, [&](std::int64_t i, void* work) {
+    const std::int64_t group = i / parts * kBlock, tile = i % parts * part;
+    sizes.level.points(call, group, static_cast<int>(std::min(kBlock, sizes.groups - group)), tile,
+                       std::min(part, tiles - tile), {groups.get(), work, nullptr});
+  });
 }
 
 void backward(const Call& call, int threads) {
