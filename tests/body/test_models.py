@@ -317,7 +317,7 @@ def test_shapes_of_rotations(files: Path) -> None:
     flat = numbers(2, 69)
     want = ours(body_pose=flat)
     torch.testing.assert_close(ours(body_pose=flat.view(2, 23, 3)).joints, want.joints)
-    turns = body.landmarks.rotation_matrices(flat.view(2, 23, 3))
+    turns = body.rotations.rotation_matrices(flat.view(2, 23, 3))
     for shape in ((2, 23, 3, 3), (2, 23, 9), (2, 207)):
         got = ours(body_pose=turns.reshape(shape), pose2rot=False)
         torch.testing.assert_close(got.joints, want.joints, atol=1e-5, rtol=0)
