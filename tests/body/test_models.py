@@ -331,6 +331,63 @@ def test_shapes_of_rotations(files: Path) -> None:
     torch.testing.assert_close(got, hands().joints, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("form", body.skinning.reference.ROTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotations_by_name(kind: str, form: Any, files: Path) -> None:
+    ours = getattr(body, kind)(files, dtype=torch.float64, use_face_contour=True) if (
+        kind == "SMPLX"
+    ) else getattr(body, kind)(files, dtype=torch.float64)
+    inputs = inputs_of(kind, 3, torch.float64, matrices=True)
+    want = ours(**inputs, pose2rot=False)
+    given = dict(inputs)
+    for name, value in inputs.items():
+        if value.dim() != 4:
+            continue
+        if form == "axis_angle":
+            given[name] = fasthyp.geometry.matrix_to_axis_angle(value)
+        elif form != "matrix":
+            given[name] = fasthyp.geometry.matrix_to_rotation_6d(value, form)
+    if form == "axis_angle" and kind != "SMPL":  # hands are then components
+        given |= {f"{side}_hand_pose": torch.zeros(3, 6).double() for side in ("left", "right")}
+        want = ours(**given)
+    got = ours(**given, rotation=form, return_full_pose=True)
+    limit = 1e-7 if form == "axis_angle" else 1e-12  # 1e-8 is added to those
+    assert max_error(got.vertices, want.vertices) < limit
+    assert max_error(got.joints, want.joints) < limit
+    assert max_error(ours.joints(**given, rotation=form), want.joints) < limit
+    flat = {n: v.flatten(1) if v.dim() == 3 else v for n, v in given.items()}
+    assert torch.equal(ours(**flat, rotation=form).vertices, got.vertices)
+    wide = {"axis_angle": (3, 3 * len(ours.parents)), "matrix": (3, len(ours.parents), 3, 3)}
+    assert got.full_pose.shape == wide.get(form, (3, 6 * len(ours.parents)))
+    for name in inputs:  # what is not given is at rest, or the model's own
+        rest = {key: value for key, value in given.items() if key != name}
+        turned = {key: value for key, value in inputs.items() if key != name}
+        if form != "axis_angle":
+            error = max_error(
+                ours(**rest, rotation=form).vertices, ours(**turned, pose2rot=False).vertices
+            )
+            assert error < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projected_joints(kind: str, files: Path) -> None:
+    ours = getattr(body, kind)(files)
+    inputs = inputs_of(kind, 3)
+    move = numbers(3, 3) + torch.tensor([0, 0, 9.0])
+    camera = body.Camera.perspective(move, 500.0, numbers(3, 2, seed=3))
+    regressor = regressors()[0]
+    points, joints = ours.project_joints(camera, **inputs, regressor=regressor)
+    assert torch.equal(joints, ours.joints(**inputs, regressor=regressor))
+    assert torch.equal(points, camera(joints))
+    points, joints = ours.project_joints(camera, **inputs)
+    assert torch.equal(joints, ours.joints(**inputs))
+    assert torch.equal(points, camera(joints))
+    mapped = getattr(body, kind)(files, joint_mapper=lambda joints, vertices=None: joints[:, 3:9])
+    points, joints = mapped.project_joints(camera, **inputs)
+    assert joints.shape == (3, 6, 3)
+    assert torch.equal(points, camera(joints))
+
+
 # --- without the mesh ---
 
 
@@ -489,6 +546,12 @@ def test_body_from_arrays(files: Path, tmp_path: Path) -> None:
         ),
         ({"pose2rot": False, "body_pose": torch.zeros(1, 69)}, ValueError, "rotation matrices"),
         ({"body_poze": torch.zeros(1, 69)}, TypeError, "body_poze"),
+        ({"rotation": "quaternion"}, ValueError, "rotation: expected one of axis_angle, matrix"),
+        (
+            {"rotation": "rows", "body_pose": torch.zeros(1, 69)},
+            ValueError,
+            r"body_pose: expected 6D rows of shape \(B, 138\) or \(B, 23, 6\), got \(1, 69\)",
+        ),
         ({"expression": torch.zeros(1, 10)}, TypeError, "expression"),
     ],
 )
