@@ -361,18 +361,20 @@ def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         ValueError: two sizes other than one.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    sizes = {value.shape[0] for value in given.values()} - {1}
+    sizes = {value.shape[0] for value in given.values()}
+    if len(sizes) == 1:
+        return given
+    sizes.discard(1)
     if len(sizes) > 1:
         found = ", ".join(f"{name} {value.shape[0]}" for name, value in given.items())
         raise ValueError(f"batch: expected one size, or one body, in all arguments; got {found}")
-    size = sizes.pop() if sizes else 1
+    size = sizes.pop()
     return {
         name: value if value.shape[0] == size else value.expand(size, *value.shape[1:])
         for name, value in given.items()
     }
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+def _stamp(tensor: Tensor) -> tuple[int, int, int]:
     version = 0 if tensor.is_inference() else tensor._version
-    place = tensor.data_ptr() if tensor.layout == torch.strided else 0
-    return id(tensor), place, tensor.device, tensor.dtype, version
+    return id(tensor), tensor.data_ptr() if tensor.layout == torch.strided else 0, version

@@ -573,7 +573,9 @@ def _joint_numbers(pose: Tensor, rotation: str | None, joints: int) -> tuple[Ten
         raise TypeError(f"pose: expected a torch.Tensor, got {type(pose).__name__}")
     if rotation is not None and rotation not in ops.ROTATIONS:
         raise ValueError(f"rotation: expected one of {', '.join(ops.ROTATIONS)}, got {rotation!r}")
-    flat = pose.flatten(1) if pose.ndim > 1 else pose
+    if rotation is not None and pose.shape[1:] == (joints, reference.NUMBERS[rotation]):
+        return pose, rotation  # type: ignore[return-value]
+    flat = pose.flatten(1) if pose.ndim > 2 else pose
     if rotation is None:
         numbers = flat.shape[1] // joints if flat.ndim == 2 else 0
         rotation = {3: "axis_angle", 9: "matrix"}.get(numbers)
@@ -588,7 +590,7 @@ def _joint_numbers(pose: Tensor, rotation: str | None, joints: int) -> tuple[Ten
             f"pose: expected {numbers} numbers ({rotation}) for each of {joints} joints, "
             f"got shape {tuple(pose.shape)}"
         )
-    return flat.unflatten(1, (joints, numbers)), rotation  # type: ignore[return-value]
+    return flat.reshape(len(flat), joints, numbers), rotation  # type: ignore[return-value]
 
 
 def _stamp(tensors: tuple[Tensor | None, ...]) -> Any:

@@ -156,7 +156,7 @@ def skin(
     tiles = torch.repeat_interleave(torch.arange(len(base), device=bones.device), row_starts.diff())
     products = features[:, rows, None] * columns
     places = features.new_zeros(batch, *base.shape).index_add(1, tiles, products) + base
-    places = places.reshape(batch, -1, 3)[:, :points]
+    places = places.reshape(batch, len(base) * TILE, 3)[:, :points]
     owners = torch.repeat_interleave(torch.arange(points, device=bones.device), starts.diff())
     dense = weights.new_zeros(2, points, parents.numel())
     dense = dense.index_put(
