@@ -4,8 +4,8 @@
 
 The model is synthetic, in the shape of SMPL: 6890 vertices, 24 joints, 10 shape coefficients, 207
 pose features, 4 bones a vertex. `smplx` is ``smplx.lbs.lbs``; joints are 17 that a regressor of 64
-vertices each takes from its vertices, or for fasthyp without them. "Samples to 2D" follows those of a
-flow, 24 rotations in 6D each, to 17 joints in ProHMR's image. "Call" is that of a whole model:
+vertices each takes from its vertices, or for fasthyp without them. "Samples to 2D" follows those of
+a flow, 24 rotations in 6D each, to 17 joints in ProHMR's image. "Call" is that of a whole model:
 smplx's SMPL, that of the package body-models where it is installed, and fasthyp's; "no mesh" asks
 for the 45 joints alone, which the others take from vertices. Anny's lines are the call of its own
 model and of that of ``fasthyp.body.from_anny``. Memory is what a call has at its peak beyond what
@@ -258,7 +258,11 @@ def main() -> None:
         ours = times["fasthyp"]["ms"]
         row: dict[str, Any] = {"workload": name}
         row |= {f"{k}_ms": t["ms"] for k, t in times.items()}
-        row |= {f"{k}_ratio": t["ms"] / ours for k, t in times.items() if k in contenders and k != "fasthyp"}
+        row |= {
+            f"{k}_ratio": t["ms"] / ours
+            for k, t in times.items()
+            if k in contenders and k != "fasthyp"
+        }
         if "1000" in name and "call" not in name:
             row |= {f"{k}_mb": peak_mb(k, name) for k in contenders}
         rows.append(row)

@@ -485,10 +485,10 @@ skinning::Model skinning_model(const std::array<std::int64_t, 6>& sizes,
           pointer<const void>(arrays[11])};
 }
 
-// inputs: betas, pose, transl, camera, and how far one body lies from the next. results: out, joints
-// and projected, or backward their gradients; out is then what was found. grads: by the inputs;
-// given in the backward pass alone.
-// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+// inputs: betas, pose, transl, camera, and how far one body lies from the next. results: out,
+// joints and projected, or backward their gradients; out is then what was found. grads: by the
+// inputs; given in the backward pass alone. device < 0: the CPU, on `threads_or_stream` threads;
+// else that CUDA device, on that stream.
 void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Address, 12>& arrays,
                   std::int64_t bodies, const std::array<Address, 4>& inputs,
                   const std::array<std::int64_t, 4>& strides, int rotation, int camera_numbers,

@@ -448,7 +448,8 @@ template <int kBodies, int kTiles, class T>
 void some_points_of_few(const Group<T>& group, std::int64_t tile, const T* bones, T* out) {
   using Four = Short<T, 4>;
   const Model& model = group.model;
-  const T *weights = static_cast<const T*>(model.weights), *lift = static_cast<const T*>(model.lift);
+  const T *weights = static_cast<const T*>(model.weights),
+          *lift = static_cast<const T*>(model.lift);
   T sums[kTiles][kBodies][kColumns], moved[kColumns + 1];
   [&]<int... t>(std::integer_sequence<int, t...>) {
     place_tiles_of_few<kBodies, kTiles>(group.features, {Rows<T>(model, tile + t)...}, sums);

@@ -231,9 +231,9 @@ FASTHYP_HD void project(int numbers, const Number<O>* camera, const Number<O>* p
                         Number<O>* out) {
   FASTHYP_UNROLL
   for (int i = 0; i < 2; ++i)
-    out[i] = numbers == kWeak ? camera[0] * (point[i] + camera[1 + i])
-                              : camera[3 + i] * (point[i] + camera[i]) / (point[2] + camera[2]) +
-                                    camera[5 + i];
+    out[i] = numbers == kWeak
+                 ? camera[0] * (point[i] + camera[1 + i])
+                 : camera[3 + i] * (point[i] + camera[i]) / (point[2] + camera[2]) + camera[5 + i];
 }
 
 // g: the gradient by what is projected. Adds to those by the point (3) and the camera (numbers).
@@ -253,7 +253,8 @@ FASTHYP_HD void project_backward(int numbers, const Number<O>* camera, const Num
   Number<O> by_depth = O::of(0);
   FASTHYP_UNROLL
   for (int i = 0; i < 2; ++i) {
-    const Number<O> ratio = (point[i] + camera[i]) * inverse, slope = g[i] * camera[3 + i] * inverse;
+    const Number<O> ratio = (point[i] + camera[i]) * inverse,
+                    slope = g[i] * camera[3 + i] * inverse;
     by_depth = O::fma(-slope, ratio, by_depth);
     by_point[i] = by_point[i] + slope;
     by_camera[i] = by_camera[i] + slope;

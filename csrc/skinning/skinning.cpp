@@ -89,7 +89,8 @@ void project_bodies(const Call& call, std::int64_t begin, std::int64_t end) {
 
 // out_grad (bodies, outputs, 3): with what comes through the projection.
 template <class T>
-void project_bodies_backward(const Call& call, std::int64_t begin, std::int64_t end, void* out_grad) {
+void project_bodies_backward(const Call& call, std::int64_t begin, std::int64_t end,
+                             void* out_grad) {
   const std::int64_t outputs = call.model.outputs;
   for (std::int64_t b = begin; b < end; ++b) {
     const T* camera = static_cast<const T*>(call.camera) + b * call.camera_stride;
@@ -121,8 +122,10 @@ void forward(const Call& call, int threads) {
     if (call.out && call.model.targets)
       sizes.level.points(call, i, 1, 0, call.model.tiles(), {groups.get(), work, nullptr});
     if (call.projected)
-      (call.model.is_double ? project_bodies<double> : project_bodies<float>)(
-          call, i * sizes.level.lanes, std::min(call.bodies, (i + 1) * sizes.level.lanes));
+      (call.model.is_double
+           ? project_bodies<double>
+           : project_bodies<float>)(call, i * sizes.level.lanes,
+                                    std::min(call.bodies, (i + 1) * sizes.level.lanes));
   });
   if (!call.out || call.model.targets) return;
   // A few bodies: smaller parts, so that all threads are busy to the end.
@@ -153,9 +156,11 @@ void backward(const Call& given, int threads) {
     posed.joints = nullptr;
     sizes.level.pose(posed, i, {groups.get(), work, nullptr});
     if (given.projected_grad)
-      (given.model.is_double ? project_bodies_backward<double> : project_bodies_backward<float>)(
-          given, i * sizes.level.lanes, std::min(given.bodies, (i + 1) * sizes.level.lanes),
-          out_grad.get());
+      (given.model.is_double
+           ? project_bodies_backward<double>
+           : project_bodies_backward<float>)(given, i * sizes.level.lanes,
+                                             std::min(given.bodies, (i + 1) * sizes.level.lanes),
+                                             out_grad.get());
   });
   const bool sums = call.model.targets != nullptr;
   const std::int64_t block = sums ? 1 : std::min(kBlock, sizes.groups);

@@ -52,8 +52,8 @@ struct Model {
   FASTHYP_HD std::int64_t tiles() const { return (points + kTile - 1) / kTile; }
 };
 
-// What a camera is made of: 3 numbers, s and t of the weak perspective s (x + t); or 7, t, f and c of
-// the perspective f (X + t) / (Z + t_z) + c.
+// What a camera is made of: 3 numbers, s and t of the weak perspective s (x + t); or 7, t, f and c
+// of the perspective f (X + t) / (Z + t_z) + c.
 inline constexpr int kWeak = 3, kPerspective = 7;
 
 struct Call {

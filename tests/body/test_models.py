@@ -334,9 +334,11 @@ def test_shapes_of_rotations(files: Path) -> None:
 @pytest.mark.parametrize("form", body.skinning.reference.ROTATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rotations_by_name(kind: str, form: Any, files: Path) -> None:
-    ours = getattr(body, kind)(files, dtype=torch.float64, use_face_contour=True) if (
-        kind == "SMPLX"
-    ) else getattr(body, kind)(files, dtype=torch.float64)
+    ours = (
+        getattr(body, kind)(files, dtype=torch.float64, use_face_contour=True)
+        if (kind == "SMPLX")
+        else getattr(body, kind)(files, dtype=torch.float64)
+    )
     inputs = inputs_of(kind, 3, torch.float64, matrices=True)
     want = ours(**inputs, pose2rot=False)
     given = dict(inputs)
@@ -698,3 +700,29 @@ def test_nothing_is_printed(files: Path, capfd: pytest.CaptureFixture[str]) -> N
     for kind in KINDS:
         getattr(body, kind)(files)
     assert capfd.readouterr().out == ""
+
+
+def test_from_a_flow_to_joints_in_the_image(files: Path) -> None:
+    """The chain of docs/body.md: samples of a flow, 24 rotations in 6D each, to 2D joints."""
+    torch.manual_seed(0)
+    flow = fasthyp.flows.ConditionalGlow(144, 16, 1, 1, context_features=8)
+    sampler = fasthyp.HypothesisSampler(flow.eval())
+    samples = sampler(numbers(2, 8), num_samples=20, seed=0)
+    assert samples.shape == (2, 20, 144)
+    ours, regressor = body.SMPL(files), regressors()[0]
+    betas, weak = numbers(2, 10, seed=1), numbers(2, 3, seed=2).abs() + 0.5
+    flat = samples.flatten(0, 1)
+    many = {"betas": betas.repeat_interleave(20, 0)}
+    camera = body.Camera.prohmr(weak.repeat_interleave(20, 0))
+    points, joints = ours.project_joints(
+        *(camera, many["betas"], flat[:, 6:], flat[:, :6]), regressor=regressor, rotation="columns"
+    )
+    folded = body.fold_joints(*ours._model(), regressor)
+    again = body.project_joints(folded, many["betas"], flat, camera, rotation="columns")
+    assert torch.equal(again[0], points)
+    turns = fasthyp.geometry.rotation_6d_to_matrix(flat.view(-1, 24, 6), "columns")
+    mesh = ours(**many, body_pose=turns[:, 1:], global_orient=turns[:, :1], pose2rot=False)
+    want = regressor @ mesh.vertices
+    assert max_error(joints, want) < 1e-5
+    move = body.prohmr_camera(weak).repeat_interleave(20, 0)
+    assert max_error(points, body.project(want, move, 5000 / 224)) < 1e-4

@@ -244,7 +244,7 @@ def test_projection_is_that_of_the_joints(dtype: torch.dtype, count: int, name: 
     arrays = random_model(dtype=dtype)
     given = random_bodies(count, arrays, "columns")
     folded = body.SkinningModel(*arrays).fold(regressors(61, 7)["dense"].to(dtype))
-    for cams in ([count, 1] if count else [0]):
+    for cams in [count, 1] if count else [0]:
         camera, expected = cameras(cams, dtype)[name]
         points, joints = body.project_joints(
             *(folded, *given[:2], camera, given[2]), rotation="columns"
@@ -812,11 +812,13 @@ def test_more_bad_input() -> None:
     folded = model.fold(torch.ones(3, 61))
     with pytest.raises(TypeError, match="camera: expected a Camera, got Tensor"):
         body.project_joints(folded, B, P, torch.zeros(1, 3))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"camera: expected shape \(B, 3\) or \(B, 7\), got \(2, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"camera: expected shape \(B, 3\) or \(B, 7\), got \(2, 4\)"
+    ):
         body.project_joints(folded, B, P, body.Camera(torch.zeros(2, 4)))
     with pytest.raises(ValueError, match="expected as many of each or one, got 2 betas, 2 pose, 3"):
         body.project_joints(folded, B, P, body.Camera(torch.zeros(3, 3)))
-    with pytest.raises(TypeError, match="camera: expected torch.float32 as the model, got"):
+    with pytest.raises(TypeError, match=r"camera: expected torch\.float32 as the model, got"):
         body.project_joints(folded, B, P, body.Camera(torch.zeros(2, 3).double()))
     with pytest.raises(ValueError, match="camera: expected points that are summed up into joints"):
         model.points()(B, P.view(2, 7, 3), None, "axis_angle", camera=torch.zeros(2, 3))

@@ -1,10 +1,10 @@
 // skinning SEED INPUT OUTPUT: skins the bodies in a raw file with the CUDA kernels on the host.
 // Input: 15 int64 (is_double, shapes, joints, pose_blend, points, outputs, bodies, betas, poses,
 // rotation, translated, targets, rows, bones: numbers of them, camera numbers), then parents, rest,
-// rest_shapes, row_starts, rows, columns, base, starts, bones, weights, targets and lift where there
-// are targets, betas, pose, transl, cameras, gradients by the outputs, joints and projections.
-// Output: outputs, joints, projections, and the gradients by betas, pose, transl and cameras, as in
-// csrc/skinning.
+// rest_shapes, row_starts, rows, columns, base, starts, bones, weights, targets and lift where
+// there are targets, betas, pose, transl, cameras, gradients by the outputs, joints and
+// projections. Output: outputs, joints, projections, and the gradients by betas, pose, transl and
+// cameras, as in csrc/skinning.
 #include "skinning/skinning.h"
 
 #include <algorithm>

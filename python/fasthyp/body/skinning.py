@@ -354,9 +354,7 @@ class Camera:
         """:func:`project`'s, with its arguments."""
         _check_shape("translation", translation, (None, 3))
         rows = len(translation)
-        focal = torch.as_tensor(
-            focal_length, dtype=translation.dtype, device=translation.device
-        )
+        focal = torch.as_tensor(focal_length, dtype=translation.dtype, device=translation.device)
         if focal.ndim == 1:
             focal = focal[:, None]
         center = translation.new_zeros(2) if camera_center is None else camera_center

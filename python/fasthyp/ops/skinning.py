@@ -139,7 +139,8 @@ def is_plain(tensors: tuple[Tensor | None, ...]) -> bool:
         return False
     grad = torch.is_grad_enabled()
     return all(
-        t is None or ((type(t) is Tensor or type(t) is Parameter) and not (grad and t.requires_grad))
+        t is None
+        or ((type(t) is Tensor or type(t) is Parameter) and not (grad and t.requires_grad))
         for t in tensors
     )
 
@@ -391,8 +392,6 @@ def _backward(
     ctx: Any, out_grad: Tensor | None, joints_grad: Tensor | None, projected_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     camera, out, *tensors = ctx.saved_tensors
-    *needs, needs_camera = (*ctx.needs_input_grad[:3], ctx.needs_input_grad[-1])
-    given = (*tensors[:3], camera)
     if not ctx.want_outputs:
         out_grad = None
     if not ctx.projects:
@@ -403,7 +402,8 @@ def _backward(
         return (None,) * 20
     if any(ctx.needs_input_grad[3:15]):
         raise RuntimeError("fasthyp::skinning has no gradient for the arrays of a model")
-    needed = (*needs, needs_camera)
+    given = (*tensors[:3], camera)
+    needed = [ctx.needs_input_grad[i] for i in (0, 1, 2, -1)]
     if torch.is_grad_enabled():  # of second order: the reference, which has derivatives itself
         settings = ctx.pose_blend, ctx.rotation, ctx.outputs, ctx.want_outputs
         results = reference.skin(*tensors, *settings, camera)  # type: ignore[call-arg]
@@ -415,16 +415,12 @@ def _backward(
         )
         *by_inputs, by_camera = (next(second) if need else None for need in needed)
         return *by_inputs, *rest, by_camera
-    settings = ctx.pose_blend, ctx.rotation, ctx.outputs
     through = (None, None, None) if projected_grad is None else (projected_grad, camera, out)
-    found = skinning_backward(out_grad, joints_grad, *tensors, *settings, *through)
-    needed = (*needs, needs_camera and projected_grad is not None)
+    options = ctx.pose_blend, ctx.rotation, ctx.outputs
+    found = skinning_backward(out_grad, joints_grad, *tensors, *options, *through)
+    needed[3] = needed[3] and projected_grad is not None
     *by_inputs, by_camera = (
-        None
-        if not need
-        else grad.sum(0, keepdim=True)
-        if tensor.shape[0] < len(grad)
-        else grad
+        None if not need else grad.sum(0, keepdim=True) if tensor.shape[0] < len(grad) else grad
         for tensor, grad, need in zip(given, found, needed, strict=True)
     )
     return *by_inputs, *rest, by_camera
@@ -436,9 +432,7 @@ _MODEL = (
     "Tensor weights, Tensor? targets, "
     "Tensor? lift, bool pose_blend, str rotation, int outputs"
 )
-LIBRARY.define(
-    f"skinning({_MODEL}, bool want_outputs, Tensor? camera) -> (Tensor, Tensor, Tensor)"
-)
+LIBRARY.define(f"skinning({_MODEL}, bool want_outputs, Tensor? camera) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(
     f"skinning_backward(Tensor? out_grad, Tensor? joints_grad, {_MODEL}, "
     "Tensor? projected_grad, Tensor? camera, Tensor? out) "
