@@ -374,7 +374,7 @@ def test_train_a_system_refuses(folder: Path, capsys: pytest.CaptureFixture[str]
     assert "steps has no parts" in refused(capsys, *train, "--set", "steps=1", "--set", "steps.a=1")
     assert "multiple of 3" in refused(capsys, *train, "--devices", "3")
     assert "config.json" in refused(capsys, *train, "--resume")
-    assert "validation" in refused(capsys, *train, "--validation", "cmu.npz")
+    assert "17 joints" in refused(capsys, *train, "--validation", "cmu.npz")
     assert "no such file" in refused(capsys, *train[:3], "none.npz", "--out", "run")
     for text in ('{"stepz": 1}', '{"steps": "ten"}', '{"steps"', "[]", '{"system": "prohmr"}'):
         Path("recipe.json").write_text(text)
