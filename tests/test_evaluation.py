@@ -458,6 +458,9 @@ def test_another_model_and_its_mesh(tmp_path: Path) -> None:
     (tmp_path / "run").rename(tmp_path / "trained" / "model")  # as a training run leaves it
     (tmp_path / "trained" / "config.json").write_text('{"steps": 1}')
     assert isinstance(load(tmp_path / "trained"), Regression)
+    other = cmu(tmp_path / "cmu.npz", detector="coco13", persons=2)
+    with pytest.raises(ValueError, match=r"features: expected \(B, 96\), got \(2, 78\)"):
+        evaluate(model, other, (1,))
     with pytest.raises(ValueError, match="precision: Regression has no choice, got 'medium'"):
         draw(model, data[:1], 1, precision="medium")
     result = evaluate(model, data, (1, 3))
