@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "common/simd.h"
 #include "coupling/cpu_net.h"
@@ -96,16 +97,14 @@ void outer(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb
 
 // --- over many rows ---
 
-// Columns [0, n) of some rows of x, `width` numbers a row and zeros behind the last column.
-template <class T>
-void copy_panel(const T* x, std::ptrdiff_t ld, int rows, int n, int width, T* to) {
-  for (int r = 0; r < rows; ++r, x += ld, to += width) {
-    if (n == width && width % kLanes<T> == 0) {
-      for (int i = 0; i < width; i += kLanes<T>) store<T>(to + i, load<T>(x + i));
-    } else {
-      std::fill(std::copy_n(x, n, to), to + width, T(0));
-    }
-  }
+// Columns [0, n) of some rows of x, and zeros behind the last column.
+template <class T, int kWidth>
+void copy_panel(const T* x, std::ptrdiff_t ld, int rows, int n, T* to) {
+  for (int r = 0; r < rows; ++r, x += ld, to += kWidth)
+    if (n == kWidth)
+      std::memcpy(to, x, kWidth * sizeof(T));
+    else
+      std::fill(std::copy_n(x, n, to), to + kWidth, T(0));
 }
 
 // c (m, n) = or += a b^T over rows of one panel each, which hold R and NV vectors of numbers.
@@ -139,10 +138,10 @@ void outer_rows(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_
     const int count = static_cast<int>(std::min<std::int64_t>(kRowsAtOnce, rows - row));
     const auto panel = [&](int i) { return pa + std::ptrdiff_t(i) * R * count; };
     for (int i = 0; i < tiles; ++i)
-      copy_panel(a + row * lda + i * R, lda, count, std::min(R, m - i * R), R, panel(i));
+      copy_panel<T, R>(a + row * lda + i * R, lda, count, std::min(R, m - i * R), panel(i));
     for (int j = 0; j < n; j += kWidth) {
       const int columns = std::min(kWidth, n - j);
-      copy_panel(b + row * ldb + j, ldb, count, columns, kWidth, pb);
+      copy_panel<T, kWidth>(b + row * ldb + j, ldb, count, columns, pb);
       for (int i = 0; i < tiles; ++i)
         outer_panel<T, R, NV>(panel(i), std::min(R, m - i * R), pb, columns, count,
                               c + std::ptrdiff_t(i) * R * ldc + j, ldc, add || row > 0);

@@ -186,15 +186,15 @@ class StepRows {
         if (net.layers.size() > 2) return true;
       return false;
     }();
-    const bool kept = plan_.wide && job.grads;
-    ldr_ = kept ? 0 : ld(std::max(plan_.record, plan_.raw_width));
-    ldw_ = kept ? 0 : ld(plan_.raw_width);
-    ldi_ = deep && !kept ? ld(plan_.inner) : 0;
+    in_place_ = job.store && !job.order && plan_.coupling;
+    ldr_ = in_place_ || plan_.wide ? 0 : ld(std::max(plan_.record, plan_.raw_width));
+    ldw_ = plan_.wide ? 0 : ld(plan_.raw_width);
+    ldi_ = deep && !plan_.wide ? ld(plan_.inner) : 0;
     ldk_ = ld(plan_.kept);
     ldx_ = ld(plan_.inputs);
     ldy_ = plan_.by_row ? ld(flow_.cond_dim + plan_.coupling->passive) : 0;
     ldp_ = ld(plan_.block);
-    ldc_ = kept ? 0 : ld(kChunkUnits + plan_.block);
+    ldc_ = plan_.wide ? 0 : ld(kChunkUnits + plan_.block);
     ldg_ = job.cond_by_row ? ld(flow_.cond_dim + 64) : 0;
     ldt_ = job.cond_by_row ? ld(plan_.widest + 64) : 0;
     const std::ptrdiff_t widths[] = {ldr_, ldw_, ldi_, ldi_, ldk_, ldx_,
@@ -216,13 +216,15 @@ class StepRows {
     row_ = scratch.template take<S>(dim_);
     hoisted_ = scratch.template take<const S*>(kTile);
     // Vectors may reach behind the raw outputs: what they find there must be numbers.
-    if (!kept)
+    if (ldr_ > 0)
       for (int r = 0; r < kTile; ++r) std::fill_n(record_ + r * ldr_, plan_.raw_width, S(0));
     std::fill_n(graw_, ldw_ * kTile + 64, S(0));
     std::fill_n(inputs_, ldy_ * kTile + 64, S(0));
-    if (!kept) return;
-    ldr_ = job.record_ld;
-    ldw_ = job.grads_ld;
+    if (in_place_)
+      ldr_ = job.saved_width;
+    else if (plan_.wide)
+      ldr_ = job.record_ld;
+    if (plan_.wide) ldw_ = job.grads_ld;
   }
 
   void forward(std::int64_t slab) {
@@ -235,10 +237,7 @@ class StepRows {
         const Coupling& c = *plan_.coupling;
         S* sums = static_cast<S*>(job_.log_det) + first_ * kSumLanes;
         for (int r = 0; r < rows_; ++r) {
-          if (job_.save)
-            std::copy_n(
-                record_ + r * ldr_, plan_.record,
-                static_cast<S*>(job_.save) + caller_row(r) * job_.saved_width + plan_.record_at);
+          if (!in_place_) std::copy_n(record_ + r * ldr_, plan_.record, saved(r, plan_.record_at));
           const S* raw = record_ + r * ldr_;
           couple_row<S>(state_ + r * dim_ + c.active_at, raw, raw + c.shift_at, c, job_.inverse,
                         sums + r * kSumLanes);
@@ -258,7 +257,6 @@ class StepRows {
         reorder(state_);
         reorder(grad_);
       }
-      if (plan_.wide) enter_batch();
       if (plan_.coupling)
         couple_back();
       else
@@ -270,6 +268,9 @@ class StepRows {
  private:
   static constexpr int kChunkUnits = 96;
 
+  S* saved(int r, std::int64_t column) const {
+    return static_cast<S*>(job_.saved) + caller_row(r) * job_.saved_width + column;
+  }
   std::int64_t caller_row(int r) const { return job_.order ? job_.order[first_ + r] : first_ + r; }
 
   template <class F>
@@ -284,14 +285,19 @@ class StepRows {
         for (int r = 0; r < rows_; ++r)
           hoisted_[r] = static_cast<const S*>(job_.hoisted) +
                         (job_.image_of[first_ + r] - job_.first_image) * plan_.hoisted_width;
+      place();
       f();
     }
   }
 
-  // The tile's records and gradients are those of the batch.
-  void enter_batch() {
+  // Where the tile's records and gradients are, if not in this thread's own memory.
+  void place() {
     const std::int64_t row = first_ - job_.batch_first;
-    record_ = static_cast<S*>(job_.records) + row * ldr_;
+    if (in_place_)
+      record_ = saved(0, plan_.record_at);
+    else if (plan_.wide)
+      record_ = static_cast<S*>(job_.records) + row * ldr_;
+    if (!plan_.wide) return;
     graw_ = static_cast<S*>(job_.grads) + row * ldw_;
     for (int r = 0; r < rows_; ++r) std::fill_n(graw_ + r * ldw_, plan_.raw_width, S(0));
   }
@@ -306,15 +312,12 @@ class StepRows {
   void keep_state() {
     if (job_.state_at < 0) return;
     for (int r = 0; r < rows_; ++r)
-      std::copy_n(state_ + r * dim_, dim_,
-                  static_cast<S*>(job_.save) + caller_row(r) * job_.saved_width + job_.state_at);
+      std::copy_n(state_ + r * dim_, dim_, saved(r, job_.state_at));
   }
   void recall_state() {
     if (job_.state_at < 0) return;
     for (int r = 0; r < rows_; ++r)
-      std::copy_n(
-          static_cast<const S*>(job_.saved) + caller_row(r) * job_.saved_width + job_.state_at,
-          dim_, state_ + r * dim_);
+      std::copy_n(saved(r, job_.state_at), dim_, state_ + r * dim_);
   }
 
   // --- forward through a net, into the records ---
@@ -467,11 +470,9 @@ class StepRows {
   }
 
   void recall_records() {
-    if (plan_.wide && !job_.order) return;  // they are where the pass has stored them
+    if (in_place_) return;
     for (int r = 0; r < rows_; ++r)
-      std::copy_n(
-          static_cast<const S*>(job_.saved) + caller_row(r) * job_.saved_width + plan_.record_at,
-          plan_.record, record_ + r * ldr_);
+      std::copy_n(saved(r, plan_.record_at), plan_.record, record_ + r * ldr_);
   }
 
   void net_back(const NetPlan& net) {
@@ -759,6 +760,7 @@ class StepRows {
   const StepPlan& plan_;
   const Flow& flow_;
   const int dim_;
+  bool in_place_;  // whether records are worked on in `saved`
   std::ptrdiff_t ldr_, ldw_, ldi_, ldk_, ldx_, ldy_, ldp_, ldc_, ldg_, ldt_;
   S *record_, *graw_, *inner_[2], *gkept_, *gx_, *inputs_, *partial_, *chunk_, *gcond_, *gates_,
       *row_;
@@ -927,8 +929,8 @@ void write(const StepJob& job, const Target& t, int begin, int end) {
 // Rows [begin, end) of a target that is summed up over the rows of a batch.
 template <class S>
 void sum_rows(const StepJob& job, const Target& t, int begin, int end) {
-  const S* inputs;
-  std::ptrdiff_t ld;
+  const S* inputs = nullptr;
+  std::ptrdiff_t ld = 0;
   switch (t.input) {
     case Target::Input::record:
       inputs = static_cast<const S*>(job.records) + t.record;

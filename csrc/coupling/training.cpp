@@ -28,6 +28,12 @@ constexpr std::int64_t kCachedBytes = std::int64_t(1) << 20;
 constexpr std::int64_t kSharing = 2;  // rows of a condition, on average, that are worth it
 constexpr int kRowCond = 256;         // numbers of a condition that is read by row, at most
 
+// Rows of an odd number of cache lines: a column of them is spread over all sets of a cache.
+std::int64_t odd_lines(std::int64_t width, std::size_t number_bytes) {
+  const auto line = static_cast<std::int64_t>(64 / number_bytes);
+  return ((width + line - 1) / line | 1) * line;
+}
+
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 std::size_t number_size(Element e) { return e == Element::f64 ? 8 : 4; }
 
@@ -561,7 +567,7 @@ class Forward : Walk<T> {
       StepJob job =
           this->job(this->plans_[index], call.inverse ? step.from_after : step.from_before);
       job.log_det = sums.data();
-      job.save = saved;
+      job.saved = saved;
       job.saved_width = saved_width;
       job.store = true;
       if (keep.every > 0 && i % keep.every == 0)
@@ -635,7 +641,7 @@ class Backward : Walk<T> {
       job.back = back_.data();
       job.segments = segments_.data();
       job.slabs = slabs_.data();
-      job.saved = g_.saved;
+      job.saved = const_cast<void*>(g_.saved);
       job.saved_width = saved_width;
       job.store = g_.keep.store;
       job.grads = grads_.data();
@@ -727,8 +733,8 @@ class Backward : Walk<T> {
     }
   }
 
-  static std::ptrdiff_t stride(int width) { return padded_stride(width, sizeof(T)); }
-  // Whether wide steps read the records where the pass has stored them.
+  static std::ptrdiff_t stride(int width) { return odd_lines(width, sizeof(T)); }
+  // Whether steps read the records where the pass has stored them.
   bool stored_in_place() const { return g_.keep.store && this->rows_.order.empty(); }
 
   void enter_batch(StepJob& job, std::int64_t begin, std::int64_t end) const {
@@ -736,8 +742,8 @@ class Backward : Walk<T> {
     job.batch_rows = std::min(end * job.slab_rows, job.rows) - begin * job.slab_rows;
     job.records = records_.data();
     if (stored_in_place())
-      job.records = const_cast<T*>(static_cast<const T*>(g_.saved)) +
-                    job.batch_first * job.saved_width + job.plan->record_at;
+      job.records =
+          static_cast<T*>(job.saved) + job.batch_first * job.saved_width + job.plan->record_at;
   }
 
   // The gradients of weights, over the rows of a batch.

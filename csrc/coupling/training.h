@@ -141,8 +141,7 @@ struct StepJob {
   std::int64_t batch_first, batch_rows;
   void *records, *grads;
   std::ptrdiff_t record_ld, grads_ld;
-  const void* saved;
-  void* save;
+  void* saved;  // written forward, read backward
   std::int64_t saved_width, state_at;  // state_at: column of the state before this step, -1
   bool store;
   void* slabs;
@@ -169,6 +168,6 @@ struct TrainingKernels {
 };
 
 inline constexpr int kTargetRows = 16;   // rows of a target written at a time
-inline constexpr int kSummedRows = 128;  // and of one that is summed up over rows
+inline constexpr int kSummedRows = 256;  // and of one that is summed up over rows
 
 }  // namespace fasthyp::coupling

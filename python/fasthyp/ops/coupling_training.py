@@ -30,7 +30,7 @@ from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_training_cuda as cuda
 from fasthyp.ops._coupling_checks import check_gradient, check_packed, check_pass
 from fasthyp.ops._coupling_plan import describe, parse, step_tensors
-from fasthyp.ops._coupling_steps import FoldedLinear, fold, run_folded
+from fasthyp.ops._coupling_steps import APART, FoldedLinear, fold, run_folded
 from fasthyp.ops._library import LIBRARY, address, contiguous
 from fasthyp.reference.coupling import Layer
 
@@ -78,7 +78,8 @@ class TrainableFlow:
         on_cpu = torch.device(device).type == "cpu"
         element = int(dtype == torch.float64)
         with torch.no_grad():
-            steps = fold(layers, dim, cond_dim, dtype)
+            self.apart = APART if on_cpu else None
+            steps = fold(layers, dim, cond_dim, dtype, self.apart)
             lanes = _C.coupling_lanes(element) if on_cpu else 1
             self.plan, weights = describe(
                 *(steps, output_index, dim, cond_dim, element, lanes), log_det=False
@@ -104,7 +105,7 @@ class TrainableFlow:
         return self._run(z, cond, inverse=True)
 
     def _run(self, x: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        steps = fold(self.layers, *self.shape, self.dtype)
+        steps = fold(self.layers, *self.shape, self.dtype, self.apart)
         weights = _as(step_tensors(steps), self.dtype)
         out, log_det, _ = coupling_pass(
             *(x, cond, weights, self.packed, self.plan, inverse),
