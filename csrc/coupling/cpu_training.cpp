@@ -311,13 +311,11 @@ class StepRows {
 
   void keep_state() {
     if (job_.state_at < 0) return;
-    for (int r = 0; r < rows_; ++r)
-      std::copy_n(state_ + r * dim_, dim_, saved(r, job_.state_at));
+    for (int r = 0; r < rows_; ++r) std::copy_n(state_ + r * dim_, dim_, saved(r, job_.state_at));
   }
   void recall_state() {
     if (job_.state_at < 0) return;
-    for (int r = 0; r < rows_; ++r)
-      std::copy_n(saved(r, job_.state_at), dim_, state_ + r * dim_);
+    for (int r = 0; r < rows_; ++r) std::copy_n(saved(r, job_.state_at), dim_, state_ + r * dim_);
   }
 
   // --- forward through a net, into the records ---
@@ -366,8 +364,7 @@ class StepRows {
       }
     }
     const LayerPlan& out = net.layers[last];
-    if (!out.dense.plain() || out.dense.activate)
-      finish(net, last, 0, m.out_padded(), raw, ldr_);
+    if (!out.dense.plain() || out.dense.activate) finish(net, last, 0, m.out_padded(), raw, ldr_);
   }
 
   // Blocks [first, end) of layer l.
@@ -938,8 +935,8 @@ void sum_rows(const StepJob& job, const Target& t, int begin, int end) {
       break;
     case Target::Input::passive:
       ld = job.flow->dim;
-      inputs = static_cast<const S*>(job.state) + job.batch_first * ld +
-               job.plan->coupling->passive_at;
+      inputs =
+          static_cast<const S*>(job.state) + job.batch_first * ld + job.plan->coupling->passive_at;
       break;
     case Target::Input::cond:
       ld = job.flow->cond_dim;

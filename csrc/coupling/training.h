@@ -141,7 +141,7 @@ struct StepJob {
   std::int64_t batch_first, batch_rows;
   void *records, *grads;
   std::ptrdiff_t record_ld, grads_ld;
-  void* saved;  // written forward, read backward
+  void* saved;                         // written forward, read backward
   std::int64_t saved_width, state_at;  // state_at: column of the state before this step, -1
   bool store;
   void* slabs;
