@@ -96,6 +96,7 @@ class _Trainable:
     """A plan in the pieces that a call with gradients runs, packed for the present weights."""
 
     plan: Plan
+    kind: tuple[torch.dtype, torch.device]  # of the weights: .to() changes it under the same plan
     stamp: Any
     segments: tuple[training.TrainableFlow | Layer, ...]
 
@@ -297,7 +298,8 @@ class FlowExecutor:
         now = _stamp(plan.weights)
         with self._lock:
             found = self._trainable
-            if found is None or found.plan is not plan:
+            kind = plan.like.dtype, plan.like.device
+            if found is None or found.plan is not plan or found.kind != kind:
                 try:
                     segments = _segments(plan, self._trainable_flow)
                 except UnsupportedOnCuda as error:
@@ -308,7 +310,7 @@ class FlowExecutor:
                 )
             else:
                 return found
-            self._trainable = found = _Trainable(plan, now, segments)
+            self._trainable = found = _Trainable(plan, kind, now, segments)
         return found
 
     def trainable(self) -> training.TrainableFlow | None:

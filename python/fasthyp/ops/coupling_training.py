@@ -108,7 +108,7 @@ class TrainableFlow:
         packed, self.packed = self.packed, None
         if packed is not None:
             del flow.packed
-            if packed._use_count() > 1 or sys.getrefcount(packed) > 2:
+            if packed._use_count() > 1 or sys.getrefcount(packed) > 2:  # type: ignore[attr-defined]
                 packed = None
             with torch.no_grad():
                 flow.packed = pack(self._weights(self._fold()), self.plan, packed)
