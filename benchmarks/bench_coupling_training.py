@@ -4,12 +4,13 @@ and compiled, in one process.
     python benchmarks/bench_coupling_training.py [--json FILE] [--seconds S] [--no-compile]
 
 Each row is one workload: a pass and its backward pass, with gradients by input, condition and all
-weights. "accelerated" is the FrEIA module itself after ``fasthyp.accelerate``, called as FrEIA is,
-with one condition row per hypothesis; "reversible" and "store" are its executor in the two
-checkpoint modes, called with one condition per image. ``rate`` is the share of the rate of one
-large torch matrix product, counting the work that is left once the condition's part of each first
-layer is computed once per image: four passes for reversible, three for store. ``extra_mb`` is the
-peak of the process's memory during a step, less what it held before.
+weights. Gradients start from None and weights count as changed, so that they are packed anew: a
+step of a training loop without the optimizer. "accelerated" is the FrEIA module itself after
+``fasthyp.accelerate``, called as FrEIA is, with one condition row per hypothesis; "reversible" and
+"store" are its executor in the two checkpoint modes, called with one condition per image. ``rate``
+is the share of the rate of one large torch matrix product, counting the work that is left once the
+condition's part of each first layer is computed once per image: four passes for reversible, three
+for store. ``extra_mb`` is the peak of the process's memory during a step, less what it held before.
 
 Two more tables: memory against depth, and how far the reversible backward pass moves gradients and
 reconstructed inputs where depth and scales grow.
@@ -27,10 +28,18 @@ import torch
 from _timing import gemm_rate, interleaved, report, save
 from bench_coupling import BLOCKS, Glow, build, hoisted_flop
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 import fasthyp
 from fasthyp.ops import coupling_training as training
 from fasthyp.ops.coupling_training import TrainableFlow
+
+
+def next_step(net: nn.Module) -> None:
+    """What an optimizer's step and ``zero_grad`` leave behind."""
+    for parameter in net.parameters():
+        increment_version(parameter)
+        parameter.grad = None
 
 
 def extra_mb(step: Callable[[], Any]) -> float:
@@ -92,10 +101,12 @@ def freia(
         return (0.5 * out.square().sum(-1) - log_jac).mean()
 
     def rows(model: nn.Module) -> None:
+        next_step(net)
         given = cond.repeat_interleave(count, 0)
         loss(*model(x, c=[given], rev=inverse)).backward()
 
     def grouped(model: Any) -> None:
+        next_step(net)
         flow = model.flow()
         run = flow.inverse if inverse else flow.forward
         loss(*run(x.view(images, count, dim), cond)).backward()
@@ -115,9 +126,9 @@ def freia(
     return timed(name, contenders, flop, rate, options.seconds)
 
 
-def glow(rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+def glow(images: int, count: int, rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     """The inverse pass of ConditionalGlow without dropout, batch norms in eval mode."""
-    dim, context_dim, hidden, layers, blocks, images, count = 144, 2048, 1024, 4, 2, 16, 32
+    dim, context_dim, hidden, layers, blocks = 144, 2048, 1024, 4, 2
     torch.manual_seed(0)
     net = Glow(dim, context_dim, hidden, layers, blocks).eval()
     z = torch.randn(images * count, dim)
@@ -125,11 +136,14 @@ def glow(rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     folded = [part for step in net.steps for part in step.layers(dim, context_dim)]  # type: ignore
 
     def eager(model: nn.Module) -> None:
+        next_step(net)
         x, log_jac = model(z, context.repeat_interleave(count, 0))
         (x.square().mean() - log_jac.mean()).backward()
 
-    def fused(flow: TrainableFlow) -> None:
-        x, log_jac = flow.inverse(z.view(images, count, dim), context)
+    def fused(mode: str) -> None:
+        next_step(net)
+        flows[mode] = flows[mode].renewed()
+        x, log_jac = flows[mode].inverse(z.view(images, count, dim), context)
         (x.square().mean() - log_jac.mean()).backward()
 
     flows = {
@@ -138,7 +152,7 @@ def glow(rate: float, options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     contenders: dict[str, Callable[[], Any]] = {
         "eager": lambda: eager(net),
-        **{mode: lambda flow=flow: fused(flow) for mode, flow in flows.items()},
+        **{mode: lambda mode=mode: fused(mode) for mode in flows},
     }
     if not options.no_compile:
         compiled = torch.compile(net)
@@ -230,7 +244,8 @@ def main() -> None:
         name = f"48-d, negative log-likelihood, {batch} rows"
         rows += freia(name, narrow, batch, 1, False, rate, options)
     rows += freia("132-d, inverse, 64 x 25 rows", wide, 64, 25, True, rate, options)
-    rows += glow(rate, options)
+    for images, count in ((16, 32), (64, 25)):
+        rows += glow(images, count, rate, options)
     tables = {
         "a pass and its backward pass": rows,
         "memory against depth": depths(),

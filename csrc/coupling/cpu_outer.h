@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "common/simd.h"
+#include "coupling/cpu_net.h"
 
 namespace fasthyp::FASTHYP_SIMD {
 namespace {
@@ -89,6 +91,60 @@ void outer(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb
         outer_columns<T, 2>(x, lda, columns, y, ldb, rows, to, ldc, add);
       else
         outer_columns<T, 3>(x, lda, columns, y, ldb, rows, to, ldc, add);
+    }
+  }
+}
+
+// --- over many rows ---
+
+// Columns [0, n) of some rows of x, and zeros behind the last column.
+template <class T, int kWidth>
+void copy_panel(const T* x, std::ptrdiff_t ld, int rows, int n, T* to) {
+  for (int r = 0; r < rows; ++r, x += ld, to += kWidth)
+    if (n == kWidth)
+      std::memcpy(to, x, kWidth * sizeof(T));
+    else
+      std::fill(std::copy_n(x, n, to), to + kWidth, T(0));
+}
+
+// c (m, n) = or += a b^T over rows of one panel each, which hold R and NV vectors of numbers.
+template <class T, int R, int NV>
+void outer_panel(const T* a, int m, const T* b, int n, int rows, T* c, std::ptrdiff_t ldc,
+                 bool add) {
+  constexpr int kWidth = NV * kLanes<T>;
+  if (m == R && n == kWidth) return outer_tile<T, R, NV>(a, R, b, kWidth, rows, c, ldc, add);
+  T edge[R * kWidth];
+  outer_tile<T, R, NV>(a, R, b, kWidth, rows, edge, kWidth, false);
+  for (int i = 0; i < m; ++i)
+    for (int j = 0; j < n; ++j) {
+      const T v = edge[i * kWidth + j];
+      c[i * ldc + j] = add ? c[i * ldc + j] + v : v;
+    }
+}
+
+// a (rows, m), b (rows, n) -> c (m, n), exactly: sums of as many rows at a time as leave a panel of
+// b in the first cache, and one of all of a in the second.
+template <class T>
+void outer_rows(const T* a, std::ptrdiff_t lda, int m, const T* b, std::ptrdiff_t ldb, int n,
+                std::int64_t rows, T* c, std::ptrdiff_t ldc, bool add, Scratch& scratch) {
+  constexpr int R = kOuterRows<3>, NV = 3, kWidth = NV * kLanes<T>;
+  constexpr int kRowsAtOnce = 8192 / FASTHYP_SIMD_BYTES;
+  const int tiles = (m + R - 1) / R;
+  scratch.reserve(Scratch::bytes<T>(kRowsAtOnce * kWidth) +
+                  Scratch::bytes<T>(std::size_t(tiles) * R * kRowsAtOnce));
+  T* pb = scratch.take<T>(kRowsAtOnce * kWidth);
+  T* pa = scratch.take<T>(std::size_t(tiles) * R * kRowsAtOnce);
+  for (std::int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    const int count = static_cast<int>(std::min<std::int64_t>(kRowsAtOnce, rows - row));
+    const auto panel = [&](int i) { return pa + std::ptrdiff_t(i) * R * count; };
+    for (int i = 0; i < tiles; ++i)
+      copy_panel<T, R>(a + row * lda + i * R, lda, count, std::min(R, m - i * R), panel(i));
+    for (int j = 0; j < n; j += kWidth) {
+      const int columns = std::min(kWidth, n - j);
+      copy_panel<T, kWidth>(b + row * ldb + j, ldb, count, columns, pb);
+      for (int i = 0; i < tiles; ++i)
+        outer_panel<T, R, NV>(panel(i), std::min(R, m - i * R), pb, columns, count,
+                              c + std::ptrdiff_t(i) * R * ldc + j, ldc, add || row > 0);
     }
   }
 }

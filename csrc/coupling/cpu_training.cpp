@@ -3,8 +3,10 @@
 // A thread owns a slab of rows and takes them through the step a tile at a time. All layers of the
 // tile's subnets are kept (its records); then gradients go back through them, a chunk of a layer's
 // units at a time, which meet everything that needs them while they are in the cache: the layer's
-// own weight gradient, that of the layer before, the sums per image. Every sum is made in an order
-// that depends on shapes alone.
+// own weight gradient, that of the layer before, the sums per image. Where weights are too many for
+// that (wide steps), records and gradients of many rows are kept, and the threads then sum up parts
+// of the weight gradients over all of these rows. Every sum is made in an order that depends on
+// shapes alone.
 #include <algorithm>
 #include <cmath>
 
@@ -27,8 +29,6 @@ using coupling::StepJob;
 using coupling::StepPlan;
 using coupling::Sums;
 using coupling::Target;
-
-constexpr int kPass = 2 * kTile;  // rows per tile, at most
 
 template <class T>
 FASTHYP_INLINE IntVec<T> valid_lanes(int left) {
@@ -186,29 +186,23 @@ class StepRows {
         if (net.layers.size() > 2) return true;
       return false;
     }();
-    // Each tile reads and writes the sums of all weight gradients: seldom if they are many.
-    constexpr std::int64_t kCachedBytes = std::int64_t(1) << 20;
-    pass_ =
-        plan_.slab_numbers * static_cast<std::int64_t>(sizeof(S)) > kCachedBytes ? kPass : kTile;
-    ldr_ = ld(std::max(plan_.record, plan_.raw_width));
-    ldw_ = ld(plan_.raw_width);
-    ldi_ = deep ? ld(plan_.inner) : 0;
+    in_place_ = job.store && !job.order && plan_.coupling;
+    ldr_ = in_place_ || plan_.wide ? 0 : ld(std::max(plan_.record, plan_.raw_width));
+    ldw_ = plan_.wide ? 0 : ld(plan_.raw_width);
+    ldi_ = deep && !plan_.wide ? ld(plan_.inner) : 0;
     ldk_ = ld(plan_.kept);
     ldx_ = ld(plan_.inputs);
     ldy_ = plan_.by_row ? ld(flow_.cond_dim + plan_.coupling->passive) : 0;
     ldp_ = ld(plan_.block);
-    ldc_ = ld(kChunkUnits + plan_.block);
+    ldc_ = plan_.wide ? 0 : ld(kChunkUnits + plan_.block);
     ldg_ = job.cond_by_row ? ld(flow_.cond_dim + 64) : 0;
     ldt_ = job.cond_by_row ? ld(plan_.widest + 64) : 0;
     const std::ptrdiff_t widths[] = {ldr_, ldw_, ldi_, ldi_, ldk_, ldx_,
                                      ldy_, ldp_, ldc_, ldg_, ldt_};
-    std::size_t bytes = Scratch::bytes<S>(dim_) + Scratch::bytes<const S*>(kPass);
-    for (const std::ptrdiff_t w : widths) bytes += Scratch::bytes<S>(w * kPass + 64);
+    std::size_t bytes = Scratch::bytes<S>(dim_) + Scratch::bytes<const S*>(kTile);
+    for (const std::ptrdiff_t w : widths) bytes += Scratch::bytes<S>(w * kTile + 64);
     scratch.reserve(bytes);
-    const auto take = [&](std::ptrdiff_t w) {
-      S* p = scratch.template take<S>(w * kPass + 64);
-      return p;
-    };
+    const auto take = [&](std::ptrdiff_t w) { return scratch.template take<S>(w * kTile + 64); };
     record_ = take(ldr_);
     graw_ = take(ldw_);
     for (S*& g : inner_) g = take(ldi_);
@@ -220,11 +214,17 @@ class StepRows {
     gcond_ = take(ldg_);
     gates_ = take(ldt_);
     row_ = scratch.template take<S>(dim_);
-    hoisted_ = scratch.template take<const S*>(kPass);
+    hoisted_ = scratch.template take<const S*>(kTile);
     // Vectors may reach behind the raw outputs: what they find there must be numbers.
-    for (int r = 0; r < kPass; ++r) std::fill_n(record_ + r * ldr_, plan_.raw_width, S(0));
-    std::fill_n(graw_, ldw_ * kPass + 64, S(0));
-    std::fill_n(inputs_, ldy_ * kPass + 64, S(0));
+    if (ldr_ > 0)
+      for (int r = 0; r < kTile; ++r) std::fill_n(record_ + r * ldr_, plan_.raw_width, S(0));
+    std::fill_n(graw_, ldw_ * kTile + 64, S(0));
+    std::fill_n(inputs_, ldy_ * kTile + 64, S(0));
+    if (in_place_)
+      ldr_ = job.saved_width;
+    else if (plan_.wide)
+      ldr_ = job.record_ld;
+    if (plan_.wide) ldw_ = job.grads_ld;
   }
 
   void forward(std::int64_t slab) {
@@ -237,10 +237,7 @@ class StepRows {
         const Coupling& c = *plan_.coupling;
         S* sums = static_cast<S*>(job_.log_det) + first_ * kSumLanes;
         for (int r = 0; r < rows_; ++r) {
-          if (job_.save)
-            std::copy_n(
-                record_ + r * ldr_, plan_.record,
-                static_cast<S*>(job_.save) + caller_row(r) * job_.saved_width + plan_.record_at);
+          if (!in_place_) std::copy_n(record_ + r * ldr_, plan_.record, saved(r, plan_.record_at));
           const S* raw = record_ + r * ldr_;
           couple_row<S>(state_ + r * dim_ + c.active_at, raw, raw + c.shift_at, c, job_.inverse,
                         sums + r * kSumLanes);
@@ -271,22 +268,38 @@ class StepRows {
  private:
   static constexpr int kChunkUnits = 96;
 
+  S* saved(int r, std::int64_t column) const {
+    return static_cast<S*>(job_.saved) + caller_row(r) * job_.saved_width + column;
+  }
   std::int64_t caller_row(int r) const { return job_.order ? job_.order[first_ + r] : first_ + r; }
 
   template <class F>
   void each_tile(std::int64_t slab, F&& f) {
     const std::int64_t begin = job_.first + slab * job_.slab_rows;
     const std::int64_t end = std::min(begin + job_.slab_rows, job_.first + job_.rows);
-    for (first_ = begin; first_ < end; first_ += pass_) {
-      rows_ = static_cast<int>(std::min<std::int64_t>(pass_, end - first_));
+    for (first_ = begin; first_ < end; first_ += kTile) {
+      rows_ = static_cast<int>(std::min<std::int64_t>(kTile, end - first_));
       state_ = static_cast<S*>(job_.state) + first_ * dim_;
       grad_ = static_cast<S*>(job_.grad) + first_ * dim_;
       if (plan_.hoisted_width > 0)
         for (int r = 0; r < rows_; ++r)
           hoisted_[r] = static_cast<const S*>(job_.hoisted) +
                         (job_.image_of[first_ + r] - job_.first_image) * plan_.hoisted_width;
+      place();
       f();
     }
+  }
+
+  // Where the tile's records and gradients are, if not in this thread's own memory.
+  void place() {
+    const std::int64_t row = first_ - job_.batch_first;
+    if (in_place_)
+      record_ = saved(0, plan_.record_at);
+    else if (plan_.wide)
+      record_ = static_cast<S*>(job_.records) + row * ldr_;
+    if (!plan_.wide) return;
+    graw_ = static_cast<S*>(job_.grads) + row * ldw_;
+    for (int r = 0; r < rows_; ++r) std::fill_n(graw_ + r * ldw_, plan_.raw_width, S(0));
   }
 
   void reorder(S* rows) {
@@ -298,16 +311,11 @@ class StepRows {
 
   void keep_state() {
     if (job_.state_at < 0) return;
-    for (int r = 0; r < rows_; ++r)
-      std::copy_n(state_ + r * dim_, dim_,
-                  static_cast<S*>(job_.save) + caller_row(r) * job_.saved_width + job_.state_at);
+    for (int r = 0; r < rows_; ++r) std::copy_n(state_ + r * dim_, dim_, saved(r, job_.state_at));
   }
   void recall_state() {
     if (job_.state_at < 0) return;
-    for (int r = 0; r < rows_; ++r)
-      std::copy_n(
-          static_cast<const S*>(job_.saved) + caller_row(r) * job_.saved_width + job_.state_at,
-          dim_, state_ + r * dim_);
+    for (int r = 0; r < rows_; ++r) std::copy_n(saved(r, job_.state_at), dim_, state_ + r * dim_);
   }
 
   // --- forward through a net, into the records ---
@@ -323,78 +331,70 @@ class StepRows {
                   std::copy_n(cond, flow_.cond_dim, inputs_ + r * ldy_));
     }
   }
-  Input<P> input(const Matrix& m, int row, int rows) const {
-    if (plan_.by_row && m.cond_padded > 0) return {inputs_ + row * ldy_, ldy_, rows};
-    return {passive() + row * dim_, dim_, rows};
+  Input<P> input(const Matrix& m) const {
+    if (plan_.by_row && m.cond_padded > 0) return {inputs_, ldy_, rows_};
+    return {passive(), dim_, rows_};
   }
-  // Of rows from `row` on; null: not hoisted.
-  const S* const* hoisted(int row) const { return plan_.by_row ? nullptr : hoisted_ + row; }
-
-  template <class F>
-  void halves(F&& f) {
-    for (int r = 0; r < rows_; r += kTile) f(r, std::min(kTile, rows_ - r));
-  }
+  // Null: not hoisted.
+  const S* const* hoisted() const { return plan_.by_row ? nullptr : hoisted_; }
 
   void run(const NetPlan& net) {
     const int last = static_cast<int>(net.layers.size()) - 1;
-    halves([&](int row, int rows) {
-      Input<P> in = input(net.layers[0].dense.matrix, row, rows);
-      for (int l = 0; l < last - 1; ++l) {
-        hidden(net, l, 0, net.layers[l].dense.matrix.blocks, in, row);
-        in = {record_ + row * ldr_ + net.layers[l].out, ldr_, rows};
+    Input<P> in = input(net.layers[0].dense.matrix);
+    for (int l = 0; l < last - 1; ++l) {
+      hidden(net, l, 0, net.layers[l].dense.matrix.blocks, in);
+      in = {record_ + net.layers[l].out, ldr_, rows_};
+    }
+    S* raw = record_ + net.raw;
+    const Matrix& m = net.layers[last].dense.matrix;
+    if (last == 0) {
+      const Product<P> product(m, job_.packed, in, hoisted());
+      for (int b = 0; b < m.blocks; ++b) product.sums(b, raw + b * m.block, ldr_);
+    } else {
+      // The last layer sums each chunk of the one before as soon as it is there.
+      const Matrix& before = net.layers[last - 1].dense.matrix;
+      const int step = m.chunk / before.block;
+      for (int first = 0; first < before.blocks; first += step) {
+        const int end = std::min(first + step, before.blocks), k = first * before.block;
+        hidden(net, last - 1, first, end, in);
+        const Product<P> product(m, job_.packed,
+                                 {record_ + net.layers[last - 1].out + k, ldr_, rows_});
+        for (int b = 0; b < m.blocks; ++b)
+          product.add_chunk(b, k, (end - first) * before.block, raw + b * m.block, ldr_);
       }
-      S* raw = record_ + row * ldr_ + net.raw;
-      const Matrix& m = net.layers[last].dense.matrix;
-      if (last == 0) {
-        const Product<P> product(m, job_.packed, in, hoisted(row));
-        for (int b = 0; b < m.blocks; ++b) product.sums(b, raw + b * m.block, ldr_);
-      } else {
-        // The last layer sums each chunk of the one before as soon as it is there.
-        const Matrix& before = net.layers[last - 1].dense.matrix;
-        const int step = m.chunk / before.block;
-        for (int first = 0; first < before.blocks; first += step) {
-          const int end = std::min(first + step, before.blocks), k = first * before.block;
-          hidden(net, last - 1, first, end, in, row);
-          const Product<P> product(
-              m, job_.packed, {record_ + row * ldr_ + net.layers[last - 1].out + k, ldr_, rows});
-          for (int b = 0; b < m.blocks; ++b)
-            product.add_chunk(b, k, (end - first) * before.block, raw + b * m.block, ldr_);
-        }
-      }
-      const LayerPlan& out = net.layers[last];
-      if (!out.dense.plain() || out.dense.activate)
-        finish(net, last, 0, m.out_padded(), row, rows, raw, ldr_);
-    });
+    }
+    const LayerPlan& out = net.layers[last];
+    if (!out.dense.plain() || out.dense.activate) finish(net, last, 0, m.out_padded(), raw, ldr_);
   }
 
   // Blocks [first, end) of layer l.
-  void hidden(const NetPlan& net, int l, int first, int end, Input<P> in, int row) {
+  void hidden(const NetPlan& net, int l, int first, int end, Input<P> in) {
     const LayerPlan& layer = net.layers[l];
     const Matrix& m = layer.dense.matrix;
-    const Product<P> product(m, job_.packed, in, hoisted(row));
+    const Product<P> product(m, job_.packed, in, hoisted());
     const bool straight = layer.dense.plain() && layer.dense.activate &&
                           net.activation == Activation::relu && product.one_chunk();
     for (int b = first; b < end; ++b) {
-      S* out = record_ + row * ldr_ + layer.out + b * m.block;
+      S* out = record_ + layer.out + b * m.block;
       if (straight) {
         product.relu(b, out, ldr_);
         continue;
       }
       product.sums(b, partial_, ldp_);
-      finish(net, l, b * m.block, m.block, row, in.rows, partial_, ldp_);
+      finish(net, l, b * m.block, m.block, partial_, ldp_);
     }
   }
 
   // What the sums of some columns of layer l go through. gkept_ holds what layers keep: on the way
   // back, its gradient.
-  void finish(const NetPlan& net, int l, int column, int columns, int row, int rows, const S* sums,
+  void finish(const NetPlan& net, int l, int column, int columns, const S* sums,
               std::ptrdiff_t lds) {
     const LayerPlan& layer = net.layers[l];
     const Dense& dense = layer.dense;
     const auto slope = static_cast<S>(net.negative_slope);
     const S* scale = reinterpret_cast<const S*>(job_.packed + dense.norm) + column;
     const S* shift = scale + dense.matrix.out_padded();
-    for (int r = row; r < row + rows; ++r, sums += lds) {
+    for (int r = 0; r < rows_; ++r, sums += lds) {
       S* record = record_ + r * ldr_ + column;
       const S* gate = dense.gate ? hoisted_[r] + dense.gate->hoisted + column : nullptr;
       S* kept = gkept_ + r * ldk_ + column;
@@ -426,10 +426,7 @@ class StepRows {
     const Coupling& c = *plan_.coupling;
     gather();
     if (job_.store)
-      for (int r = 0; r < rows_; ++r)
-        std::copy_n(
-            static_cast<const S*>(job_.saved) + caller_row(r) * job_.saved_width + plan_.record_at,
-            plan_.record, record_ + r * ldr_);
+      recall_records();
     else
       for (const NetPlan& net : plan_.nets) run(net);
     for (int r = 0; r < rows_; ++r) {
@@ -469,6 +466,12 @@ class StepRows {
       }
   }
 
+  void recall_records() {
+    if (in_place_) return;
+    for (int r = 0; r < rows_; ++r)
+      std::copy_n(saved(r, plan_.record_at), plan_.record, record_ + r * ldr_);
+  }
+
   void net_back(const NetPlan& net) {
     const int last = static_cast<int>(net.layers.size()) - 1;
     if (plan_.kept > 0) std::fill_n(gkept_, rows_ * ldk_, S(0));
@@ -479,17 +482,15 @@ class StepRows {
       const LayerPlan &layer = net.layers[l], &lower = net.layers[l - 1];
       const Matrix& back = layer.back;
       const int step = std::max(kChunkUnits / back.block, 1);
-      S* to = l > 1 ? inner_[l % 2] : chunk_;
-      const std::ptrdiff_t ldt = l > 1 ? ldi_ : ldc_;
+      S* to = plan_.wide ? graw_ + lower.grad : l > 1 ? inner_[l % 2] : chunk_;
+      const std::ptrdiff_t ldt = plan_.wide ? ldw_ : l > 1 ? ldi_ : ldc_;
+      const bool all = plan_.wide || l > 1;  // whether `to` has room for all units
       for (int b = 0; b < back.blocks; b += step) {
         const int end = std::min(b + step, back.blocks), k = b * back.block;
         const int units = std::min(end * back.block, back.out) - k;
-        S* part = l > 1 ? to + k : to;
-        halves([&](int row, int rows) {
-          const Product<P> product(back, job_.back, {g + row * ldg, ldg, rows});
-          for (int i = b; i < end; ++i)
-            product.sums(i, part + row * ldt + (i - b) * back.block, ldt);
-        });
+        S* part = all ? to + k : to;
+        const Product<P> product(back, job_.back, {g, ldg, rows_});
+        for (int i = b; i < end; ++i) product.sums(i, part + (i - b) * back.block, ldt);
         through(net, l - 1, k, (end - b) * back.block, part, ldt);
         if (layer.weight.at >= 0) {
           const Sums& w = layer.weight;
@@ -533,30 +534,25 @@ class StepRows {
   // to (rows, ld) = or += g, which are inputs [k, k + units) of the matrix, times them.
   void multiply_chunk(const Matrix& m, int k, int units, const S* g, std::ptrdiff_t ldg, S* to,
                       std::ptrdiff_t ld) {
-    halves([&](int row, int rows) {
-      const Product<P> product(m, job_.back, {g + row * ldg, ldg, rows});
-      for (int b = 0; b < m.blocks; ++b)
-        product.add_chunk(b, k, units, to + row * ld + b * m.block, ld);
-    });
+    const Product<P> product(m, job_.back, {g, ldg, rows_});
+    for (int b = 0; b < m.blocks; ++b) product.add_chunk(b, k, units, to + b * m.block, ld);
   }
 
   // The same, added to the rows' own gradients of the condition.
   void add_cond(const Matrix& m, int k, int units, const S* g, std::ptrdiff_t ldg) {
-    halves([&](int row, int rows) {
-      const Product<P> product(m, job_.back, {g + row * ldg, ldg, rows});
-      for (int b = 0; b < m.blocks; ++b) {
-        if (k > 0) {  // a product's first chunk replaces what is there
-          product.add_chunk(b, k, units, gcond_ + row * ldg_ + b * m.block, ldg_);
-          continue;
-        }
-        product.add_chunk(b, k, units, partial_, ldp_);
-        for (int r = 0; r < rows; ++r) {
-          S* to = gcond_ + (row + r) * ldg_ + b * m.block;
-          for (int n = 0; n < m.block; n += kLanes<S>)
-            store<S>(to + n, load<S>(to + n) + load<S>(partial_ + r * ldp_ + n));
-        }
+    const Product<P> product(m, job_.back, {g, ldg, rows_});
+    for (int b = 0; b < m.blocks; ++b) {
+      if (k > 0) {  // a product's first chunk replaces what is there
+        product.add_chunk(b, k, units, gcond_ + b * m.block, ldg_);
+        continue;
       }
-    });
+      product.add_chunk(b, k, units, partial_, ldp_);
+      for (int r = 0; r < rows_; ++r) {
+        S* to = gcond_ + r * ldg_ + b * m.block;
+        for (int n = 0; n < m.block; n += kLanes<S>)
+          store<S>(to + n, load<S>(to + n) + load<S>(partial_ + r * ldp_ + n));
+      }
+    }
   }
 
   // g: gradients of what comes out of columns [k, k + columns) of layer l; then of its sums.
@@ -721,10 +717,8 @@ class StepRows {
 
   // rows (rows, D) <- m rows.
   void multiply(const Matrix& m, const std::byte* packed, S* state) {
-    halves([&](int row, int rows) {
-      const Product<P> product(m, packed, {state + row * dim_, dim_, rows});
-      for (int b = 0; b < m.blocks; ++b) product.sums(b, record_ + row * ldr_ + b * m.block, ldr_);
-    });
+    const Product<P> product(m, packed, {state, dim_, rows_});
+    for (int b = 0; b < m.blocks; ++b) product.sums(b, record_ + b * m.block, ldr_);
     for (int r = 0; r < rows_; ++r) std::copy_n(record_ + r * ldr_, dim_, state + r * dim_);
   }
 
@@ -763,7 +757,7 @@ class StepRows {
   const StepPlan& plan_;
   const Flow& flow_;
   const int dim_;
-  int pass_;  // rows per tile
+  bool in_place_;  // whether records are worked on in `saved`
   std::ptrdiff_t ldr_, ldw_, ldi_, ldk_, ldx_, ldy_, ldp_, ldc_, ldg_, ldt_;
   S *record_, *graw_, *inner_[2], *gkept_, *gx_, *inputs_, *partial_, *chunk_, *gcond_, *gates_,
       *row_;
@@ -875,6 +869,8 @@ void write(const StepJob& job, const Target& t, int begin, int end) {
     return to + std::int64_t(t.row_slots ? t.row_slots[i] : i) * t.columns;
   };
   switch (t.from) {
+    case Target::From::rows:  // see sum_rows
+      break;
     case Target::From::zero:
       std::fill(to + std::int64_t(begin) * t.columns, to + std::int64_t(end) * t.columns, S(0));
       break;
@@ -927,6 +923,33 @@ void write(const StepJob& job, const Target& t, int begin, int end) {
   }
 }
 
+// Rows [begin, end) of a target that is summed up over the rows of a batch.
+template <class S>
+void sum_rows(const StepJob& job, const Target& t, int begin, int end) {
+  const S* inputs = nullptr;
+  std::ptrdiff_t ld = 0;
+  switch (t.input) {
+    case Target::Input::record:
+      inputs = static_cast<const S*>(job.records) + t.record;
+      ld = job.record_ld;
+      break;
+    case Target::Input::passive:
+      ld = job.flow->dim;
+      inputs =
+          static_cast<const S*>(job.state) + job.batch_first * ld + job.plan->coupling->passive_at;
+      break;
+    case Target::Input::cond:
+      ld = job.flow->cond_dim;
+      inputs = static_cast<const S*>(job.cond) + job.batch_first * ld;
+      break;
+  }
+  thread_local Scratch scratch;
+  outer_rows<S>(static_cast<const S*>(job.grads) + t.grad + begin, job.grads_ld, end - begin,
+                inputs, ld, t.columns, job.batch_rows,
+                static_cast<S*>(job.grad_weights) + t.to + std::int64_t(begin) * t.columns,
+                t.columns, job.add, scratch);
+}
+
 // Gradients of the condition of some images, one block of its numbers.
 template <class S>
 void cond_grad(const StepJob& job, std::int64_t image, int block) {
@@ -955,8 +978,8 @@ void cond_grad(const StepJob& job, std::int64_t image, int block) {
 extern const coupling::TrainingKernels coupling_training_kernels;
 const coupling::TrainingKernels coupling_training_kernels = {
     {{transpose<float>, hoist<float>, forward<float>, backward<float>, combine<float>,
-      reduce<float>, write<float>, cond_grad<float>},
+      reduce<float>, write<float>, sum_rows<float>, cond_grad<float>},
      {transpose<double>, hoist<double>, forward<double>, backward<double>, combine<double>,
-      reduce<double>, write<double>, cond_grad<double>}}};
+      reduce<double>, write<double>, sum_rows<double>, cond_grad<double>}}};
 
 }  // namespace fasthyp::FASTHYP_SIMD

@@ -20,10 +20,19 @@ namespace {
 
 constexpr std::int64_t kImageBytes = std::int64_t(16) << 20;  // hoisted sums held at a time
 constexpr std::int64_t kSlabBytes = std::int64_t(64) << 20;   // gradients of all slabs
+constexpr std::int64_t kBatchBytes = std::int64_t(64) << 20;  // wide steps: what is kept of rows
+// Weight gradients that every tile of rows can add to.
+constexpr std::int64_t kCachedBytes = std::int64_t(1) << 20;
 // Hoisted sums, and their gradients, are many numbers. Where rows share few conditions, each row
 // reads its own, if its weights are few enough for their gradients to stay in the cache.
 constexpr std::int64_t kSharing = 2;  // rows of a condition, on average, that are worth it
 constexpr int kRowCond = 256;         // numbers of a condition that is read by row, at most
+
+// Rows of an odd number of cache lines: a column of them is spread over all sets of a cache.
+std::int64_t odd_lines(std::int64_t width, std::size_t number_bytes) {
+  const auto line = static_cast<std::int64_t>(64 / number_bytes);
+  return ((width + line - 1) / line | 1) * line;
+}
 
 std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 std::size_t number_size(Element e) { return e == Element::f64 ? 8 : 4; }
@@ -101,10 +110,11 @@ class Planner {
     StepPlan& p = *plan_;
     p.coupling = &c;
     p.by_row = by_row_;
+    p.wide = wanted_ && weight_numbers(c) * number_ > kCachedBytes;
     for (const Net& net : c.nets) p.raw_width += net.layers.back().matrix.out_padded();
-    p.record = p.raw_width;
+    p.record = p.grads = p.raw_width;
     for (const Net& net : c.nets) {
-      NetPlan n{{}, net.activation, net.negative_slope, net.raw_at, false};
+      NetPlan n{{}, net.activation, net.negative_slope, net.raw_at};
       for (std::size_t l = 0; l < net.layers.size(); ++l)
         n.layers.push_back(layer(net, static_cast<int>(l), n));
       p.nets.push_back(std::move(n));
@@ -113,7 +123,19 @@ class Planner {
     if (store_) saved_ += p.record;
   }
 
-  LayerPlan layer(const Net& net, int l, NetPlan& n) {
+  // Of the weights whose gradients are summed up over rows.
+  std::int64_t weight_numbers(const Coupling& c) const {
+    std::int64_t numbers = 0;
+    for (const Net& net : c.nets)
+      for (const Dense& dense : net.layers) {
+        const Matrix& m = dense.matrix;
+        const int cond = by_row_ && m.cond_padded > 0 ? flow_.cond_dim : 0;
+        numbers += std::int64_t(m.out) * (m.in + cond);
+      }
+    return numbers;
+  }
+
+  LayerPlan layer(const Net& net, int l, const NetPlan& n) {
     StepPlan& p = *plan_;
     LayerPlan layer{};
     layer.dense = net.layers[l];
@@ -122,6 +144,10 @@ class Planner {
     const int width = m.out_padded();
     const bool last = l + 1 == static_cast<int>(net.layers.size()), reads = m.cond_padded > 0;
     layer.out = last ? net.raw_at : column(width);
+    if (p.wide) {
+      layer.grad = last ? net.raw_at : p.grads;
+      if (!last) p.grads += width;
+    }
     if (dense.activate && net.activation != Activation::relu) layer.slope = column(width);
     if (dense.gate) layer.product = column(width);
     if (dense.norm >= 0) layer.value = column(width);
@@ -145,14 +171,18 @@ class Planner {
     if (cond_wanted_ && reads) layer.cond_back = transposed(m.out, flow_.cond_dim);
     if (cond_wanted_ && dense.gate) layer.gate_back = transposed(m.out, flow_.cond_dim);
 
-    Target weight{Target::From::matrix, {}};
-    if (want() && m.in > 0) weight.sums = layer.weight = sums(m.out, m.in);
-    target(weight, m.out, m.in);
+    const auto summed = [&](Sums& of, int in, Target::Input input) {
+      Target t{p.wide ? Target::From::rows : Target::From::matrix, {}};
+      t.input = input;
+      t.grad = layer.grad;
+      if (input == Target::Input::record) t.record = n.layers.back().out;
+      if (want() && in > 0 && !p.wide) t.sums = of = sums(m.out, in);
+      target(t, m.out, in);
+    };
+    summed(layer.weight, m.in, l > 0 ? Target::Input::record : Target::Input::passive);
     layer.hoisted = reads && !by_row_ && cond_wanted_;
     if (reads && by_row_) {
-      Target cond_weight{Target::From::matrix, {}};
-      if (want()) cond_weight.sums = layer.cond_weight = sums(m.out, flow_.cond_dim);
-      target(cond_weight, m.out, flow_.cond_dim);
+      summed(layer.cond_weight, flow_.cond_dim, Target::Input::cond);
     } else if (reads) {
       layer.hoisted |= want();
       target({Target::From::cond_matrix, {}, m.hoisted}, m.out, flow_.cond_dim);
@@ -176,8 +206,6 @@ class Planner {
       target({Target::From::vector, {}, layer.norm}, m.out, 1);
       target({Target::From::vector, {}, layer.norm + width}, m.out, 1);
     }
-    n.wanted |= layer.weight.at >= 0 || layer.cond_weight.at >= 0 || layer.cond_back ||
-                layer.bias >= 0 || layer.hoisted || layer.gate || layer.norm >= 0;
     return layer;
   }
 
@@ -297,6 +325,7 @@ struct Rows {
   std::vector<std::int64_t> segments_of;  // per image, its first one; and the end
   std::vector<Chunk> chunks;
   std::int64_t slab_rows = 1;
+  std::int64_t batch_slabs = 1;  // of wide steps
   std::int64_t most_images = 0, most_segments = 0, slabs = 0;
   Memory cond;  // (images, cond_ld)
   std::int64_t cond_ld = 0;
@@ -330,10 +359,11 @@ Rows arrange(const Flow& flow, const std::vector<StepPlan>& plans, Images found,
   Rows r;
   r.count = images * found.per_image;
   if (found.by_row) r.by_row = cond;
-  std::int64_t hoisted = 0, slab = 1;
+  std::int64_t hoisted = 0, slab = 1, kept = 1;
   for (const StepPlan& p : plans) {
     hoisted = std::max(hoisted, p.hoisted_width);
     slab = std::max(slab, p.slab_numbers);
+    if (p.wide) kept = std::max<std::int64_t>(kept, p.record + p.grads);
   }
   r.image_of.resize(r.count);
   for (std::int64_t i = 0; i < r.count; ++i) r.image_of[i] = i / found.per_image;
@@ -380,6 +410,8 @@ Rows arrange(const Flow& flow, const std::vector<StepPlan>& plans, Images found,
       std::max<std::int64_t>(1, kSlabBytes / (slab * static_cast<std::int64_t>(sizeof(T))));
   r.slab_rows = std::max(r.slab_rows, round_up((most_rows + most_slabs - 1) / most_slabs, 12));
   r.slabs = (most_rows + r.slab_rows - 1) / r.slab_rows;
+  const std::int64_t slab_bytes = r.slab_rows * kept * static_cast<std::int64_t>(sizeof(T));
+  r.batch_slabs = std::clamp<std::int64_t>(kBatchBytes / slab_bytes, 1, r.slabs);
 
   r.segment_of.resize(r.count);
   r.segments_of.resize(images + 1);
@@ -535,7 +567,7 @@ class Forward : Walk<T> {
       StepJob job =
           this->job(this->plans_[index], call.inverse ? step.from_after : step.from_before);
       job.log_det = sums.data();
-      job.save = saved;
+      job.saved = saved;
       job.saved_width = saved_width;
       job.store = true;
       if (keep.every > 0 && i % keep.every == 0)
@@ -567,12 +599,19 @@ class Backward : Walk<T> {
  public:
   Backward(const Gradient& g, std::vector<StepPlan> plans, Rows rows)
       : Walk<T>(*g.flow, g.packed, g.inverse, g.threads, std::move(plans), std::move(rows)), g_(g) {
-    std::int64_t slab = 0, hoisted = 0, back = 0;
+    std::int64_t slab = 0, hoisted = 0, back = 0, records = 0, grads = 0;
     for (const StepPlan& p : this->plans_) {
       slab = std::max(slab, p.slab_numbers);
       hoisted = std::max(hoisted, p.hoisted_width);
       back = std::max(back, p.back_bytes);
+      if (!p.wide) continue;
+      if (!stored_in_place()) records = std::max<std::int64_t>(records, stride(p.record));
+      grads = std::max<std::int64_t>(grads, stride(p.grads));
     }
+    const std::int64_t batch =
+        std::min(this->rows_.batch_slabs * this->rows_.slab_rows, this->rows_.count);
+    records_ = this->numbers(batch * records + 64);
+    grads_ = this->numbers(batch * grads + 64);
     grad_ = this->numbers(this->rows_.count * g.flow->dim + 64);
     slabs_ = this->numbers(slab * this->rows_.slabs);
     segments_ = this->numbers(hoisted * this->rows_.most_segments);
@@ -602,9 +641,12 @@ class Backward : Walk<T> {
       job.back = back_.data();
       job.segments = segments_.data();
       job.slabs = slabs_.data();
-      job.saved = g_.saved;
+      job.saved = const_cast<void*>(g_.saved);
       job.saved_width = saved_width;
       job.store = g_.keep.store;
+      job.grads = grads_.data();
+      job.grads_ld = stride(job.plan->grads);
+      job.record_ld = stored_in_place() ? saved_width : stride(job.plan->record);
       job.cond_by_row =
           g_.grad_cond &&
           (this->rows_.by_row ||
@@ -648,7 +690,13 @@ class Backward : Walk<T> {
         kernels.hoist(job, *h.matrix, h.gate, h.block);
       });
       const std::int64_t slabs = this->slabs(job);
-      for_each(threads, slabs, [&](std::int64_t slab) { kernels.backward(job, slab); });
+      const std::int64_t batch = plan.wide ? this->rows_.batch_slabs : slabs;
+      for (std::int64_t begin = 0; begin < slabs; begin += batch) {
+        enter_batch(job, begin, std::min(begin + batch, slabs));
+        for_each(threads, std::min(batch, slabs - begin),
+                 [&](std::int64_t i) { kernels.backward(job, begin + i); });
+        if (plan.wide) sum_rows(job, first && begin == 0);
+      }
       job.started = std::max(job.started, slabs);
 
       constexpr std::int64_t kReduced = 4096;  // numbers at a time
@@ -666,7 +714,7 @@ class Backward : Walk<T> {
       for (const Target& t : plan.targets) {
         const bool cond =
             t.from == Target::From::cond_matrix || t.from == Target::From::cond_vector;
-        if (!cond && !last) continue;
+        if (t.from == Target::From::rows || (!cond && !last)) continue;
         for (int begin = 0; begin < t.rows; begin += kTargetRows)
           parts.push_back({&t, begin, std::min(begin + kTargetRows, t.rows)});
       }
@@ -683,6 +731,35 @@ class Backward : Walk<T> {
           kernels.cond_grad(job, p.begin, static_cast<int>(p.end));
       });
     }
+  }
+
+  static std::ptrdiff_t stride(int width) { return odd_lines(width, sizeof(T)); }
+  // Whether steps read the records where the pass has stored them.
+  bool stored_in_place() const { return g_.keep.store && this->rows_.order.empty(); }
+
+  void enter_batch(StepJob& job, std::int64_t begin, std::int64_t end) const {
+    job.batch_first = job.first + begin * job.slab_rows;
+    job.batch_rows = std::min(end * job.slab_rows, job.rows) - begin * job.slab_rows;
+    job.records = records_.data();
+    if (stored_in_place())
+      job.records =
+          static_cast<T*>(job.saved) + job.batch_first * job.saved_width + job.plan->record_at;
+  }
+
+  // The gradients of weights, over the rows of a batch.
+  void sum_rows(StepJob& job, bool first) {
+    std::vector<Part> parts;
+    for (const Target& t : job.plan->targets)
+      if (t.from == Target::From::rows)
+        for (int begin = 0; begin < t.rows; begin += kSummedRows)
+          parts.push_back({&t, begin, std::min(begin + kSummedRows, t.rows)});
+    const bool add = job.add;
+    job.add = !first;
+    for_each(this->threads_, static_cast<std::int64_t>(parts.size()), [&](std::int64_t i) {
+      const Part& p = parts[i];
+      this->kernels_.sum_rows(job, *p.target, static_cast<int>(p.begin), static_cast<int>(p.end));
+    });
+    job.add = add;
   }
 
   static int cond_blocks(const StepPlan& plan) {
@@ -715,7 +792,7 @@ class Backward : Walk<T> {
   }
 
   const Gradient& g_;
-  Memory grad_, slabs_, segments_, back_;
+  Memory grad_, slabs_, segments_, back_, records_, grads_;
 };
 
 template <class T>

@@ -61,6 +61,7 @@ struct LayerPlan {
   // activation; product: the sums before a gate; value: before the norm.
   int out = -1, slope = -1, product = -1, value = -1;
   Sums weight, cond_weight;            // cond_weight: where the condition is read by row
+  int grad = -1;                       // wide steps: first column of a row's gradients
   std::int64_t bias = -1, norm = -1;   // in the slab's memory: out_padded; scale, then shift
   bool hoisted = false, gate = false;  // whether the gradients of these sums are wanted
   Matrix back;                         // the weight's transpose
@@ -72,18 +73,20 @@ struct NetPlan {
   Activation activation;
   double negative_slope;
   int raw;  // first column of its outputs among the coupling's
-  bool wanted;
 };
 
 // A gradient that is wanted, and where it comes from.
 struct Target {
-  enum class From { zero, matrix, vector, cond_matrix, cond_vector } from = From::zero;
+  enum class From { zero, matrix, vector, cond_matrix, cond_vector, rows } from = From::zero;
   Sums sums;            // matrix
   std::int64_t at = 0;  // vector: in the slab's memory; cond: column of the hoisted sums
   int rows = 0, columns = 1;
   const int* row_slots = nullptr;  // linear steps: slot of each place
   const int* column_slots = nullptr;
   std::int64_t to = 0;  // first number in grad_weights
+  // rows: the gradients' first column, and where the layer's inputs are.
+  enum class Input { record, passive, cond } input = Input::record;
+  int grad = 0, record = 0;
 };
 
 struct StepPlan {
@@ -91,6 +94,9 @@ struct StepPlan {
   const Coupling* coupling;  // null: a linear step
   std::vector<NetPlan> nets;
   bool by_row = false;  // the condition is an input of each row like any other, not hoisted
+  // Weights whose gradients would not stay in the cache: not each tile adds to them, but records
+  // and gradients of many rows are kept, over which each part of a gradient is summed up at once.
+  bool wide = false;
   const Matrix *linear = nullptr, *linear_undo = nullptr;  // of the pass, and against it
   bool diagonal = false;
   Matrix linear_back;
@@ -99,6 +105,7 @@ struct StepPlan {
   std::vector<Target> targets;
   int raw_width = 0;               // outputs of all nets, padded
   int record = 0;                  // numbers of a row's record; the raw outputs stand first
+  int grads = 0;                   // wide: of the gradients of all sums, in the same order
   std::int64_t record_at = 0;      // column in `saved`
   std::int64_t hoisted_width = 0;  // per image
   std::int64_t slab_numbers = 0, back_bytes = 0;
@@ -130,8 +137,11 @@ struct StepJob {
   std::ptrdiff_t cond_ld;
   void* hoisted;   // (images, hoisted_width); then the gradients of these sums
   void* segments;  // (segments, hoisted_width) of gradients
-  const void* saved;
-  void* save;
+  // Wide steps: rows [batch_first, batch_first + batch_rows), (batch_rows, record_ld or grads_ld).
+  std::int64_t batch_first, batch_rows;
+  void *records, *grads;
+  std::ptrdiff_t record_ld, grads_ld;
+  void* saved;                         // written forward, read backward
   std::int64_t saved_width, state_at;  // state_at: column of the state before this step, -1
   bool store;
   void* slabs;
@@ -152,10 +162,12 @@ struct TrainingKernels {
     void (*combine)(const StepJob&, std::int64_t image, const std::int64_t* segments_of);
     void (*reduce)(const StepJob&, std::int64_t begin, std::int64_t end, std::int64_t slabs);
     void (*write)(const StepJob&, const Target&, int begin, int end);
+    void (*sum_rows)(const StepJob&, const Target&, int begin, int end);
     void (*cond_grad)(const StepJob&, std::int64_t image, int block);
   } of[2];
 };
 
-inline constexpr int kTargetRows = 16;  // rows of a target written at a time
+inline constexpr int kTargetRows = 16;   // rows of a target written at a time
+inline constexpr int kSummedRows = 256;  // and of one that is summed up over rows
 
 }  // namespace fasthyp::coupling

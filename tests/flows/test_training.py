@@ -196,7 +196,7 @@ def test_a_weight_changed_between_forward_and_backward_is_an_error() -> None:
         value = loss(fast, x, c)
         with torch.no_grad():
             getattr(fast.module_list[0].subnet1[0], name).add_(0.1)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
             value.backward()
 
 

@@ -9,17 +9,26 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from fasthyp.ops import coupling_training as training
 from fasthyp.ops._coupling_plan import describe, parse
-from fasthyp.ops._coupling_steps import FoldedLinear, FoldedStep, fold, run_folded
+from fasthyp.ops._coupling_steps import (
+    FoldedCoupling,
+    FoldedLinear,
+    FoldedStep,
+    fold,
+    run_folded,
+)
 from fasthyp.ops.coupling_training import TrainableFlow
 from fasthyp.reference import coupling as reference
 from fasthyp.reference.coupling import CouplingLayer, Layer, Net
 from tests.conftest import max_error
 from tests.ops.test_coupling import (
+    Random,
     every_step,
     flows,
     leaves_of,
     random_inputs,
+    random_layers,
 )
 
 
@@ -62,7 +71,11 @@ def running_statistics(layers: Sequence[Layer]) -> set[int]:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-def test_gradients_reach_every_tensor_of_the_layers(inverse: bool) -> None:
+@pytest.mark.parametrize("apart", [training.APART, 4])
+def test_gradients_reach_every_tensor_of_the_layers(
+    inverse: bool, apart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "APART", apart)
     layers, index = every_step(9, 4, torch.float64)
     statistics = running_statistics(layers)
     x, cond = random_inputs(3, 5, 9, 4)
@@ -103,3 +116,56 @@ def test_second_derivatives(inverse: bool) -> None:
     flow = TrainableFlow(layers, index, 5, 2, dtype=torch.float64)
     run = flow.inverse if inverse else flow.forward
     assert torch.autograd.gradgradcheck(run, (x, cond), atol=1e-5)
+
+
+def test_norms_of_wide_linears_stay_apart() -> None:
+    layer = Random(9, 4, seed=1).coupling(hidden=24, blocks=1)
+    for apart, norms in ((None, 1), (24, 1), (23, 2)):  # the first is behind a kept sum
+        (step,) = fold([layer], 9, 4, torch.float64, apart)
+        assert isinstance(step, FoldedCoupling)
+        assert sum(dense.norm is not None for dense in step.nets[0].layers) == norms
+
+
+class Weights:
+    """A trained flow whose weights change without PyTorch counting it."""
+
+    def __init__(self) -> None:
+        layers, index = random_layers(6, 3, hidden=40, count=2)
+        self.flow = TrainableFlow(layers, index, 6, 3, dtype=torch.float64)
+        self.fresh = lambda: TrainableFlow(layers, index, 6, 3, dtype=torch.float64)
+        self.leaves = leaves_of(layers)
+        self.x, self.cond = random_inputs(4, 5, 6, 3)
+        self.x.requires_grad_()
+
+    def change(self) -> None:
+        for tensor in self.leaves:
+            tensor.data.mul_(1.1)
+
+    def gradient(self, flow: TrainableFlow) -> Tensor:
+        return torch.autograd.grad(flow.forward(self.x, self.cond)[0].square().sum(), self.x)[0]
+
+
+def test_renewed_flows_have_the_new_weights_in_the_old_memory() -> None:
+    weights = Weights()
+    before, memory = weights.gradient(weights.flow), weights.flow.packed
+    assert memory is not None
+    address = memory.data_ptr()
+    del memory
+    weights.change()
+    renewed = weights.flow.renewed()
+    assert renewed.packed is not None
+    assert renewed.packed.data_ptr() == address
+    want = weights.gradient(weights.fresh())
+    assert not torch.equal(before, want)
+    assert torch.equal(weights.gradient(renewed), want)
+    assert torch.equal(weights.gradient(weights.flow), want)  # packs in each call from now on
+
+
+def test_renewed_flows_leave_passes_alone_that_have_no_gradient_yet() -> None:
+    weights = Weights()
+    want = weights.gradient(weights.flow)
+    loss = weights.flow.forward(weights.x, weights.cond)[0].square().sum()
+    weights.change()
+    renewed = weights.flow.renewed()
+    assert torch.equal(torch.autograd.grad(loss, weights.x)[0], want)
+    assert torch.equal(weights.gradient(renewed), weights.gradient(weights.fresh()))

@@ -626,3 +626,93 @@ def test_bad_input(change: dict[str, Any], error: type, message: str) -> None:
     del given["x"]
     with pytest.raises(error, match=message):
         coupling_pass_backward(**{**given, **change})
+
+
+# --- wide layers: gradients of weights are summed up over many rows at once --------------------
+
+
+def wide_layers(random: Random, hidden: int = 515, **net: Any) -> list[Layer]:
+    """More than a megabyte of weights in each coupling, in float32 too; and a narrow one."""
+    return [
+        random.coupling(hidden=hidden, blocks=1, activation="silu", **net),
+        random.linear(),
+        random.coupling(hidden=20, activation="silu"),
+        random.diagonal(),
+    ]
+
+
+@pytest.mark.parametrize("rows", ["images", "repeated", "interleaved", "distinct"])
+@pytest.mark.parametrize("gate", [False, True])
+def test_wide_layers(rows: str, gate: bool) -> None:
+    random = Random(11, 6, seed=4)
+    layers = wide_layers(random, gate=gate)
+    x, cond = random_inputs(*((5, 61) if rows == "images" else (305, 1)), 11, 6)
+    assert cond is not None
+    if rows == "repeated":
+        cond = cond[:5].repeat_interleave(61, 0)
+    elif rows == "interleaved":
+        cond = cond[:5].repeat(61, 1)
+    modes = [(1, False), (1, True)]
+    assert_equals_reference(layers, random.order(), x, cond, modes)
+
+
+@pytest.mark.parametrize("kind", ["additive", "gin"])
+def test_wide_layers_of_other_kinds(kind: str) -> None:
+    random = Random(11, 6, seed=4)
+    layers: list[Layer] = [random.coupling(kind, 2, hidden=530, blocks=1, activation="gelu")]
+    assert_equals_reference(layers, random.order(), *random_inputs(3, 40, 11, 6), [(1, False)])
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("images", [1, 2100])
+def test_wide_layers_in_parts(images: int, store: bool) -> None:
+    """More rows, or images, than are kept at a time."""
+    random = Random(8, 3, seed=4)
+    layers = wide_layers(random, gate=True)
+    flow = Flow(layers, random.order(), 8, 3)
+    x, cond = random_inputs(images, 2100 // images, 8, 3)
+    got = gradients(lambda *args: flow.run(*args, (1, store)), x, cond, flow.weights, True)
+    want = gradients(flow.reference, x, cond, flow.weights, True)
+    for a, b in zip(got, want, strict=True):
+        assert max_error(a, b) <= 1e-11 * max(1.0, float(b.abs().max()))
+
+
+@pytest.mark.usefixtures("_restored_settings")
+@pytest.mark.parametrize("mode", [(1, False), (1, True)])
+def test_threads_do_not_change_bits_of_wide_layers(mode: tuple[int, bool]) -> None:
+    random = Random(10, 6, seed=3)
+    flow = Flow(wide_layers(random), random.order(), 10, 6, torch.float32)
+    x, cond = random_inputs(7, 131, 10, 6, torch.float32)
+    want = None
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = gradients(lambda *args: flow.run(*args, mode), x, cond, flow.weights, True)
+        want = want or got
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("_restored_settings")
+@pytest.mark.parametrize("level", _C.simd_levels())
+def test_simd_levels_of_wide_layers(level: str) -> None:
+    _C.set_simd_level(level)
+    random = Random(9, 6, seed=3)
+    assert_equals_reference(
+        wide_layers(random), random.order(), *random_inputs(3, 61, 9, 6), [(0, False)]
+    )
+
+
+def test_wanted_of_wide_layers() -> None:
+    """Weights without a gradient leave those of the others as they are."""
+    random = Random(9, 6, seed=3)
+    flow = Flow(wide_layers(random), random.order(), 9, 6)
+    x, cond = random_inputs(3, 21, 9, 6)
+    count = len(flow.weights)
+    every = gradients(flow.run, x, cond, flow.weights, False)
+    for start in (0, 1):
+        wanted = [False, False, *(i % 2 == start for i in range(count))]
+        some = gradients(flow.run, x, cond, flow.weights, False, wanted)
+        kept = [g for g, want in zip(every[4:], wanted[2:], strict=True) if want]
+        assert len(some) == 2 + len(kept)
+        for a, b in zip(some[2:], kept, strict=True):
+            assert torch.equal(a, b)

@@ -96,6 +96,7 @@ class _Trainable:
     """A plan in the pieces that a call with gradients runs, packed for the present weights."""
 
     plan: Plan
+    kind: tuple[torch.dtype, torch.device]  # of the weights: .to() changes it under the same plan
     stamp: Any
     segments: tuple[training.TrainableFlow | Layer, ...]
 
@@ -304,13 +305,21 @@ class FlowExecutor:
         if why:
             return why
         now = _stamp(plan.weights)
-        found = self._trainable
-        if found is None or found.plan is not plan or found.stamp is None or found.stamp != now:
-            try:
-                found = _Trainable(plan, now, _segments(plan, self._trainable_flow))
-            except UnsupportedOnCuda as error:
-                return str(error)
-            self._trainable = found
+        with self._lock:
+            found = self._trainable
+            kind = plan.like.dtype, plan.like.device
+            if found is None or found.plan is not plan or found.kind != kind:
+                try:
+                    segments = _segments(plan, self._trainable_flow)
+                except UnsupportedOnCuda as error:
+                    return str(error)
+            elif found.stamp is None or found.stamp != now:
+                segments = tuple(
+                    part if isinstance(part, Layer) else part.renewed() for part in found.segments
+                )
+            else:
+                return found
+            self._trainable = found = _Trainable(plan, kind, now, segments)
         return found
 
     def trainable(self) -> training.TrainableFlow | None:

@@ -106,10 +106,23 @@ def bits_double(bits: int) -> float:
     return struct.unpack("<d", struct.pack("<q", bits))[0]
 
 
-def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -> list[FoldedStep]:
+APART = 256
+"""Inputs of a linear above which the batch norm after it is not made part of the weight where the
+weight needs a gradient: to scale the sums of the rows then costs less than to scale the weight and
+its gradient in every step."""
+
+
+def fold(
+    layers: Sequence[Layer],
+    dim: int,
+    cond_dim: int,
+    dtype: torch.dtype,
+    apart: int | None = None,
+) -> list[FoldedStep]:
     """The layers in numbers; weights of couplings in ``dtype``.
 
-    Differentiable; the packers call it without gradients.
+    Differentiable; the packers call it without gradients. Batch norms behind linears of more than
+    ``apart`` inputs stay a scale and shift of their own (None: none do that need not).
 
     Raises:
         ValueError: a layer has an opaque subnet or a clamp of the user's own, or its tensors do not
@@ -124,7 +137,7 @@ def fold(layers: Sequence[Layer], dim: int, cond_dim: int, dtype: torch.dtype) -
                 linear = _compose(steps.pop(), linear)  # type: ignore[arg-type]
             steps.append(linear)
         else:
-            steps.append(_coupling(layer, cond_dim, dtype, name))
+            steps.append(_coupling(layer, cond_dim, dtype, name, apart))
     return steps
 
 
@@ -181,7 +194,9 @@ def _unfold_coupling(step: FoldedCoupling, cond: Tensor | None) -> CouplingLayer
     )
 
 
-def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str) -> FoldedCoupling:
+def _coupling(
+    layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str, apart: int | None
+) -> FoldedCoupling:
     if layer.clamp_fn is not None:
         raise ValueError(f"{name}: expected a known clamp, got a function")
     _check_known(KINDS, layer.kind, "kind")
@@ -192,7 +207,7 @@ def _coupling(layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, name: str
     for net in layer.nets:
         if not isinstance(net, Net):
             raise ValueError(f"{name}: expected plain subnets, got {type(net).__name__}")
-        nets.append(_net(net, layer, cond_dim, dtype, outputs, name))
+        nets.append(_net(net, layer, cond_dim, dtype, outputs, name, apart))
     return FoldedCoupling(
         *(layer.active, layer.passive, tuple(nets)),
         *(layer.kind, layer.clamp, layer.clamp_activation),
@@ -205,7 +220,13 @@ def _check_known(names: dict[str, int], value: str, what: str) -> None:
 
 
 def _net(
-    net: Net, layer: CouplingLayer, cond_dim: int, dtype: torch.dtype, outputs: int, name: str
+    net: Net,
+    layer: CouplingLayer,
+    cond_dim: int,
+    dtype: torch.dtype,
+    outputs: int,
+    name: str,
+    apart: int | None,
 ) -> FoldedNet:
     _check_known(ACTIVATIONS, net.activation, "activation")
     folded = []
@@ -215,7 +236,7 @@ def _net(
         bias = dense.bias
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias.to(dtype)
         if i == 0 and net.inputs is not None:
-            weight = weight[:, list(net.inputs)]
+            weight = weight.index_select(1, torch.tensor(net.inputs, device=weight.device))
         if i == last and net.outputs is not None:
             weight, bias = weight[list(net.outputs)], bias[list(net.outputs)]
         if tuple(weight.shape) != (len(bias), width) or bias.dim() != 1:
@@ -224,7 +245,8 @@ def _net(
                 f"got {tuple(weight.shape)} and {tuple(bias.shape)}"
             )
         norm = None if dense.norm is None else _scale_shift(dense.norm)
-        if norm is not None and not (dense.gate or dense.add or dense.keep):
+        wide = apart is not None and width > apart
+        if norm is not None and not (wide or dense.gate or dense.add or dense.keep):
             weight, bias = _scaled(weight, bias, *norm)
             norm = None
         if i == last and layer.raw_scale != 1.0:
@@ -232,9 +254,9 @@ def _net(
             weight, bias = _scaled(weight, bias, factor.expand(len(bias)), torch.zeros_like(factor))
         cond_weight = gate = None
         if i == 0 and layer.cond:
-            split = len(layer.passive)
-            cond_weight = _spread(weight[:, split:], layer.cond, cond_dim)
-            weight = weight[:, :split]
+            # The gradient of a split is one copy; those of two slices would be added up.
+            weight, cond_weight = weight.split([len(layer.passive), len(layer.cond)], 1)
+            cond_weight = _spread(cond_weight, layer.cond, cond_dim)
         if dense.gate is not None:
             gate_weight, gate_bias = dense.gate
             shift = bias.new_zeros(len(bias)) if gate_bias is None else gate_bias.to(dtype)

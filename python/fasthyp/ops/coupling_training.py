@@ -19,6 +19,7 @@ of linear steps do not depend on the rows and are added outside the op.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ from fasthyp._environment import num_threads
 from fasthyp.ops import _coupling_training_cuda as cuda
 from fasthyp.ops._coupling_checks import check_gradient, check_packed, check_pass
 from fasthyp.ops._coupling_plan import describe, parse, step_tensors
-from fasthyp.ops._coupling_steps import FoldedLinear, fold, run_folded
+from fasthyp.ops._coupling_steps import APART, FoldedLinear, FoldedStep, fold, run_folded
 from fasthyp.ops._library import LIBRARY, address, contiguous
 from fasthyp.reference.coupling import Layer
 
@@ -46,7 +47,8 @@ class TrainableFlow:
     """A flow whose passes have gradients by inputs, condition and the tensors of its layers.
 
     A call folds the layers anew, as part of the autograd graph; what does not need gradients, the
-    plan and the packed weights, is made once: an object serves until a weight changes.
+    plan and the packed weights, is made once: an object serves until a weight changes, and then
+    :meth:`renewed` gives the next one.
 
     Args:
         layers, output_index, dim, cond_dim, dtype, device: as of
@@ -78,12 +80,13 @@ class TrainableFlow:
         on_cpu = torch.device(device).type == "cpu"
         element = int(dtype == torch.float64)
         with torch.no_grad():
-            steps = fold(layers, dim, cond_dim, dtype)
+            self.apart = APART if on_cpu else None
+            steps = self._fold()
             lanes = _C.coupling_lanes(element) if on_cpu else 1
-            self.plan, weights = describe(
+            self.plan, _ = describe(
                 *(steps, output_index, dim, cond_dim, element, lanes), log_det=False
             )
-            self.packed = pack(_as(weights, dtype), self.plan) if on_cpu else None
+            self.packed = pack(self._weights(steps), self.plan) if on_cpu else None
         linear = any(isinstance(step, FoldedLinear) for step in steps)
         self.keep_every = 1 if linear else KEEP_EVERY
         if not on_cpu:
@@ -95,6 +98,22 @@ class TrainableFlow:
         flow.layers, flow.packed = layers, None
         return flow
 
+    def renewed(self) -> TrainableFlow:
+        """The same flow for the present values of its weights.
+
+        The packed weights move into it, and are written over where no backward pass and no other
+        thread needs them any more: setting up fresh memory takes longer than packing does.
+        """
+        flow = copy.copy(self)
+        packed, self.packed = self.packed, None
+        if packed is not None:
+            del flow.packed
+            if packed._use_count() > 1 or sys.getrefcount(packed) > 2:  # type: ignore[attr-defined]
+                packed = None
+            with torch.no_grad():
+                flow.packed = pack(self._weights(self._fold()), self.plan, packed)
+        return flow
+
     def forward(self, x: Tensor, cond: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, M, D), cond (B, C) -> z (B, M, D), log|det dz/dx| (B, M)."""
         return self._run(x, cond, inverse=False)
@@ -104,10 +123,9 @@ class TrainableFlow:
         return self._run(z, cond, inverse=True)
 
     def _run(self, x: Tensor, cond: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        steps = fold(self.layers, *self.shape, self.dtype)
-        weights = _as(step_tensors(steps), self.dtype)
+        steps = self._fold()
         out, log_det, _ = coupling_pass(
-            *(x, cond, weights, self.packed, self.plan, inverse),
+            *(x, cond, self._weights(steps), self.packed, self.plan, inverse),
             *(self.keep_every, self.store, self.precision),
         )
         for step in steps:
@@ -116,9 +134,11 @@ class TrainableFlow:
                 log_det = log_det - constant if inverse else log_det + constant
         return out, log_det
 
+    def _fold(self) -> list[FoldedStep]:
+        return fold(self.layers, *self.shape, self.dtype, self.apart)
 
-def _as(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [weight.to(dtype) for weight in weights]
+    def _weights(self, steps: Sequence[FoldedStep]) -> list[Tensor]:
+        return [weight.to(self.dtype) for weight in step_tensors(steps)]
 
 
 def _run_cpu(
@@ -176,10 +196,11 @@ def _backward_cpu(
     return grads
 
 
-def pack(weights: Sequence[Tensor], plan: Sequence[int]) -> Tensor:
-    """The weights in the form that the CPU kernels read."""
+def pack(weights: Sequence[Tensor], plan: Sequence[int], packed: Tensor | None = None) -> Tensor:
+    """The weights in the form that the CPU kernels read, in the given memory if there is some."""
     tensors = [weight.detach().contiguous() for weight in weights]
-    packed = torch.empty(_C.coupling_packed_bytes(plan), dtype=torch.uint8)
+    if packed is None:
+        packed = torch.empty(_C.coupling_packed_bytes(plan), dtype=torch.uint8)
     numbers = torch.tensor(plan, dtype=torch.int64)
     _C.coupling_pack(
         *(numbers.data_ptr(), len(numbers)),
