@@ -1,6 +1,17 @@
 """Networks of published systems, and one that is ready to run."""
 
+from fasthyp.models.flow_model import BodyJoints, BodyPrediction
+from fasthyp.models.humr import HUMR
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.models.pose_inn import PoseINN
+from fasthyp.models.prohmr import ProHMR, ProHMRLifting
 
-__all__ = ["LiftingFlow", "PoseINN"]
+__all__ = [
+    "HUMR",
+    "BodyJoints",
+    "BodyPrediction",
+    "LiftingFlow",
+    "PoseINN",
+    "ProHMR",
+    "ProHMRLifting",
+]
