@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body.joint_maps import COCO17_JOINTS, H36M17_JOINTS
+from fasthyp.body import LinearBody
+from fasthyp.body.joint_maps import COCO17_JOINTS, H36M17_JOINTS, SMPL24_JOINTS
 from fasthyp.geometry import matrix_to_rotation_6d, rotation_6d_to_matrix
 from fasthyp.losses import PosePriorDiscriminator
 from fasthyp.metrics import kmeans
 from fasthyp.models import BodyJoints, ProHMR, ProHMRLifting
 from fasthyp.models.flow_model import root_joints
 from fasthyp.models.prohmr import FCResNet, ProHMRConfig, ProHMRLiftingConfig
+from tests.body import synthetic_models
 from tests.conftest import Golden, golden_files
 from tests.models.random_persons import FEATURES, numbers, persons, rotations, smpl
 
@@ -333,6 +335,21 @@ def test_regressors_of_joints() -> None:
     assert root_joints(named.joint_names) == (0, 1)
     with pytest.raises(ValueError, match="joint_names: expected 2, got 1"):
         BodyJoints(body.body, regressor, ("left_hip",))
+    with pytest.raises(ValueError, match="joint_names: expected the names"):
+        BodyJoints(body.body, regressor)
+
+
+def test_bodies_without_the_family() -> None:
+    """Any skinned body; joints whose rotation is not given rest."""
+    arrays = synthetic_models.model(vertices=120)
+    body = BodyJoints(LinearBody(arrays))
+    assert body.joint_names == SMPL24_JOINTS
+    turns, betas = rotations(4, 24), numbers(4, 10)
+    turns[:, 22:] = torch.eye(3)
+    joints, mesh = body(betas, turns[:, :22], vertices=True)
+    theirs, skin = smpl()(betas, turns, vertices=True)
+    torch.testing.assert_close(joints, theirs[:, :24], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mesh, skin, rtol=1e-4, atol=1e-5)
 
 
 def test_density_integrates_over_what_is_drawn() -> None:
@@ -400,7 +417,7 @@ def test_bad_input() -> None:
         ProHMRLifting().condition(type(batch)(mean=batch.mean, detector_names=COCO17_JOINTS[:3]))
     with pytest.raises(ValueError, match="vertices: expected False"):
         lifting().hypotheses(batch, 2, vertices=True)
-    with pytest.raises(TypeError, match="body: expected SMPL"):
+    with pytest.raises(TypeError, match="body: expected a LinearBody"):
         BodyJoints(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="expected a pelvis or hips"):
         root_joints(("nose",))

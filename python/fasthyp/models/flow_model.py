@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body import SMPL, SMPLX
+from fasthyp.body import SMPL, SMPLX, LinearBody
 from fasthyp.body.joint_maps import SMPL24_JOINTS, SMPL45_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.geometry import Rotation6D, matrix_to_rotation_6d, rotation_6d_to_matrix
@@ -39,45 +39,65 @@ class PosedBody(Protocol):
 
 
 class BodyJoints(nn.Module):
-    """An SMPL-family model as a :class:`PosedBody`; joints are computed without the mesh.
+    """A body of :mod:`fasthyp.body` as a :class:`PosedBody`; joints are computed without the mesh.
+
+    Joints beyond those whose rotations are given (hands, face) stay at rest.
 
     Args:
-        body: SMPL or SMPL-X; hands and face stay at rest.
+        body: SMPL, SMPL-X, or any :class:`~fasthyp.body.LinearBody`.
         regressor: (K, V) of the joints, in place of the model's own.
-        joint_names: the K joints; needed with a regressor only.
+        joint_names: the K joints; needed with a regressor, and for a body of other joints than
+            SMPL's.
     """
 
     regressor: Tensor | None
 
     def __init__(
         self,
-        body: SMPL,
+        body: LinearBody,
         regressor: Tensor | None = None,
         joint_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(body, SMPL):
-            raise TypeError(f"body: expected SMPL or SMPL-X, got {type(body).__name__}")
+        if not isinstance(body, LinearBody):
+            raise TypeError(f"body: expected a LinearBody, got {type(body).__name__}")
         self.body = body
-        expressive = isinstance(body, SMPLX)
-        own = SMPLX_BODY_JOINTS if expressive else SMPL45_JOINTS
-        if regressor is not None and joint_names is None:
-            raise ValueError("joint_names: expected the names of the regressor's joints")
-        number = len(own) if regressor is None else len(regressor)
-        self.joint_names = own if joint_names is None else tuple(joint_names)
+        self._family = isinstance(body, SMPL)
+        self._chosen: list[int] | None = None
+        own: tuple[str, ...] | None = None
+        if isinstance(body, SMPLX):
+            own = SMPLX_BODY_JOINTS
+            self._chosen = list(_SMPLX_BODY) if regressor is None else None
+        elif isinstance(body, SMPL):
+            own = SMPL45_JOINTS
+        elif len(body.parents) == len(SMPL24_JOINTS):
+            own = SMPL24_JOINTS
+        if joint_names is None and (regressor is not None or own is None):
+            raise ValueError("joint_names: expected the names of the joints")
+        number = len(regressor if regressor is not None else own or body.parents)
+        self.joint_names = tuple(own or ()) if joint_names is None else tuple(joint_names)
         if len(self.joint_names) != number:
             raise ValueError(f"joint_names: expected {number}, got {len(self.joint_names)}")
-        self._chosen = list(_SMPLX_BODY) if expressive and regressor is None else None
+        turned = body.NUM_BODY_JOINTS + 1 if isinstance(body, SMPL) else len(body.parents)
+        self._turned = turned
         self.register_buffer("regressor", regressor, persistent=False)
 
     def forward(
         self, betas: Tensor, rotations: Tensor, vertices: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        pose = {"global_orient": rotations[:, :1], "body_pose": rotations[:, 1:]}
-        joints = self.body.joints(betas=betas, regressor=self.regressor, pose2rot=False, **pose)
+        missing = self._turned - rotations.shape[1]
+        if missing > 0:
+            still = torch.eye(3, dtype=rotations.dtype, device=rotations.device)
+            still = still.expand(len(rotations), missing, 3, 3)
+            rotations = torch.cat([rotations, still], 1)
+        pose = {"pose": rotations}
+        if self._family:
+            pose = {"global_orient": rotations[:, :1], "body_pose": rotations[:, 1:]}
+        body: Any = self.body
+        joints = body.joints(betas=betas, regressor=self.regressor, pose2rot=False, **pose)
         if self._chosen is not None:
             joints = joints[:, self._chosen]
-        mesh = self.body(betas=betas, pose2rot=False, **pose).vertices if vertices else None
+        mesh = body(betas=betas, pose2rot=False, **pose).vertices if vertices else None
         return joints, mesh
 
 
