@@ -58,8 +58,8 @@ def camera(batch: int) -> dict[str, Tensor]:
     }
 
 
-def seen(joints: Tensor) -> Tensor:
-    at = camera(len(joints))
+def seen(joints: Tensor, at: dict[str, Tensor] | None = None) -> Tensor:
+    at = at or camera(len(joints))
     return project(joints, at["translation"], at["focal_length"], at["camera_center"])
 
 
@@ -84,10 +84,8 @@ def test_keypoints_are_reached_and_the_prior_holds() -> None:
 
     options: dict[str, Any] = {**camera(2), "config": FittingConfig(max_iter=5)}
     fit = fit_keypoints(model, cond, target, confidence, **options)
-    after = (
-        project(fit.joints, fit.translation, *[camera(2)[k] for k in ("focal_length", "camera_center")])
-        - target
-    ).norm(dim=-1).mean()  # fmt: skip
+    again = camera(2) | {"translation": fit.translation}
+    after = (seen(fit.joints, again) - target).norm(dim=-1).mean()
     assert after < before / 5
     assert angle(fit.rotations, truth).mean() < angle(mode.rotations[:, 0], truth).mean()
     free = fit_keypoints(model, cond, target, confidence, **options, pose_weight=0.0)
@@ -101,7 +99,7 @@ def test_keypoints_are_reached_and_the_prior_holds() -> None:
         *[camera(2)[k] for k in ("focal_length", "camera_center", "image_size")],
         fit.z, fit.betas,
     )  # fmt: skip
-    assert fit.objective == pytest.approx(float(value), rel=1e-4)
+    assert fit.objective == pytest.approx(value.item(), rel=1e-4)
 
 
 def test_keypoints_of_no_confidence_do_not_count() -> None:
@@ -139,9 +137,8 @@ def test_a_flow_fits_and_is_left_as_it_was() -> None:
         model.train()
     confidence = torch.ones(target.shape[:2])
     for config in (FittingConfig(max_iter=2), FittingConfig("adam", 0.05, max_iter=4)):
-        start = fit_keypoints(
-            model, cond, target, confidence, **camera(5), config=FittingConfig(max_iter=1, round_steps=1)
-        )  # fmt: skip
+        first = FittingConfig(max_iter=1, round_steps=1)
+        start = fit_keypoints(model, cond, target, confidence, **camera(5), config=first)
         fit = fit_keypoints(model, cond, target, confidence, **camera(5), config=config)
         assert fit.objective < 0.7 * start.objective
         assert fit.rounds <= 4
