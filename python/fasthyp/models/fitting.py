@@ -254,7 +254,7 @@ def _minimise(
         while rounds < config.max_iter:
             rounds += 1
             for _ in range(steps):
-                value = float(optimiser.step(closure))  # type: ignore[arg-type]
+                value = float(optimiser.step(closure))
             # the value is that of the round's start
             if before is not None:
                 change = (before - value) / max(abs(before), abs(value), 1.0)

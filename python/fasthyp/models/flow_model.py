@@ -289,7 +289,8 @@ class BodyFlow(FlowModel):
 
     def _prediction(self, pose: Tensor, cond: Tensor, log_prob: Tensor) -> BodyPrediction:
         rotations = rotation_6d_to_matrix(pose.unflatten(-1, (-1, 6)), self.convention)
-        return BodyPrediction(pose, rotations, *self.shape_and_camera(cond), log_prob)
+        betas, camera = (value.to(pose.dtype) for value in self.shape_and_camera(cond))
+        return BodyPrediction(pose, rotations, betas, camera, log_prob)
 
     def pose(
         self, prediction: BodyPrediction, vertices: bool = False
