@@ -1,7 +1,9 @@
 """Networks of published systems, and one that is ready to run."""
 
+from fasthyp.models._load import load
 from fasthyp.models.flow_model import BodyJoints, BodyPrediction
 from fasthyp.models.humr import HUMR
+from fasthyp.models.hypotheses import Hypotheses, Hypothesiser
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.models.pose_inn import PoseINN
 from fasthyp.models.prohmr import ProHMR, ProHMRLifting
@@ -10,8 +12,11 @@ __all__ = [
     "HUMR",
     "BodyJoints",
     "BodyPrediction",
+    "Hypotheses",
+    "Hypothesiser",
     "LiftingFlow",
     "PoseINN",
     "ProHMR",
     "ProHMRLifting",
+    "load",
 ]

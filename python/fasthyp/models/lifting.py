@@ -24,8 +24,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fasthyp._files import replacing
+from fasthyp.data.gaussian_features import gaussian_features
+from fasthyp.data.persons import PersonBatch
 from fasthyp.flows.describe import describe
 from fasthyp.flows.program import FlowProgram, Linear
+from fasthyp.heatmaps import fit_gaussians
+from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.reference.coupling import LinearMap
 from fasthyp.sampling import SamplerCache
 from fasthyp.skeleton import COCO13_JOINTS
@@ -36,7 +40,6 @@ FEATURES = 6 * JOINTS
 CLAMP = 2.0
 """The soft clamp of the coupling blocks' log-scales, as in the ICCV 2021 code."""
 
-_GRID = 64.0
 _CONFIG_KEYS = ("blocks", "cond_dim", "cond_hidden", "hidden")
 
 
@@ -164,11 +167,7 @@ class LiftingFlow(nn.Module):
     ) -> Tensor:
         """What the condition's MLP sees of the Gaussians (before standardisation): (B, 78).
 
-        Independent of where in the picture the person is and how large: means are taken about
-        their precision-weighted centre and divided by their precision-weighted spread, and so are
-        covariances, which enter as the matrix logarithm. Values that no good fit has (a negative
-        or huge amplitude, a sigma below a third of a cell or beyond a third of the map, an
-        indefinite covariance, a mean far outside the map) are clipped.
+        :func:`fasthyp.data.gaussian_features` of the 13 joints.
 
         Args:
             amplitude: (B, 13) peak of each fitted Gaussian (a sigmoid heatmap's is about 1).
@@ -180,52 +179,7 @@ class LiftingFlow(nn.Module):
             ValueError: a wrong shape, an empty size, or, on a CPU, a NaN or infinite value (on a
                 GPU, to look would be to wait).
         """
-        batch = amplitude.shape[0] if amplitude.ndim else 0
-        for name, value, tail in (
-            ("amplitude", amplitude, (JOINTS,)),
-            ("mean", mean, (JOINTS, 2)),
-            ("covariance", covariance, (JOINTS, 2, 2)),
-        ):
-            if value.shape != (batch, *tail):
-                expected = ", ".join(("B", *map(str, tail)))
-                raise ValueError(f"{name}: expected ({expected}), got {tuple(value.shape)}")
-            if not value.is_floating_point():
-                raise TypeError(f"{name}: expected a floating point tensor, got {value.dtype}")
-            if value.device.type == "cpu" and not torch.isfinite(value).all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-        height, width = size
-        if height < 1 or width < 1:
-            raise ValueError(f"size: expected a positive (H, W), got {tuple(size)}")
-
-        unit = _GRID / max(height, width)
-        mean = (mean * unit).clamp(-_GRID, 2 * _GRID)
-        covariance = covariance * unit**2
-        a, d = covariance[..., 0, 0], covariance[..., 1, 1]
-        b = (covariance[..., 0, 1] + covariance[..., 1, 0]) / 2
-        middle, half = (a + d) / 2, (a - d) / 2
-        radius = torch.hypot(half, b)
-        lowest, highest = 0.3**2, (_GRID / 3) ** 2
-        major = (middle + radius).clamp(lowest, highest)
-        minor = (middle - radius).clamp(lowest, highest)
-
-        weight = 2 / (major + minor + 1)
-        weight = (weight / weight.sum(-1, keepdim=True))[..., None]
-        mean = mean - (weight * mean).sum(-2, keepdim=True)
-        spread = (weight * mean.square()).sum((-1, -2)).clamp_min(1.0)
-        mean = mean / spread.sqrt()[:, None, None]
-        log_middle = (major.log() + minor.log()) / 2 - spread.log()[:, None]
-        log_half = (major.log() - minor.log()) / 2
-        direction = log_half / radius.clamp_min(1e-9)
-        return torch.cat(
-            [
-                amplitude.clamp(0, 2),
-                mean.flatten(1),
-                log_middle,
-                direction * half,
-                direction * b,
-            ],
-            -1,
-        )
+        return gaussian_features(amplitude, mean, covariance, size, JOINTS)
 
     def condition(
         self, amplitude: Tensor, mean: Tensor, covariance: Tensor, size: tuple[int, int] = (64, 64)
@@ -272,6 +226,7 @@ class LiftingFlow(nn.Module):
         include_mode: bool = False,
         return_log_prob: bool = False,
         precision: str = "high",
+        image_offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw hypotheses (B, M, 13, 3) in metres for conditions (B, C).
 
@@ -282,12 +237,73 @@ class LiftingFlow(nn.Module):
             include_mode: put the hypothesis of z = 0 first.
             return_log_prob: also return the log-density in nats (B, M), as :meth:`log_prob`.
             precision: of :class:`fasthyp.HypothesisSampler`.
+            image_offset: number of the first condition, where these are part of a longer list.
         """
         x, log_prob = self._samplers.get(self.program, precision)(
-            cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
+            *(cond, num_samples),
+            seed=seed,
+            include_mode=include_mode,
+            return_log_prob=True,
+            image_offset=image_offset,
         )
         pose = x.unflatten(-1, (JOINTS, 3))
         return (pose, log_prob) if return_log_prob else pose
+
+    @torch.no_grad()
+    def hypotheses(
+        self,
+        persons: PersonBatch,
+        num_samples: int,
+        seed: int = 0,
+        include_mode: bool = True,
+        vertices: bool = False,
+        image_offset: int = 0,
+    ) -> Hypotheses:
+        """See :class:`fasthyp.models.Hypothesiser`; without ``vertices``.
+
+        Args:
+            persons: with the Gaussians ``amplitude``, ``mean`` and ``covariance`` of detector
+                joints among which the 13 are, in cells of a map of 64 x 64, or, where there are
+                none, with ``heatmaps``, which are then fitted. A joint whose Gaussian is NaN, or
+                whose heatmap could not be fitted, enters as a wide blob about the others; a person
+                of whom there is none gets NaN.
+
+        Raises:
+            ValueError: neither is known, or the detector lacks one of the 13 joints; names it.
+        """
+        from fasthyp.estimator import condition_of, is_fitted
+        from fasthyp.observations import Gaussians
+
+        joints = self._detected(persons)
+        size = (64, 64)
+        if persons.mean is None and persons.heatmaps is not None:
+            size = (persons.heatmaps.shape[-2], persons.heatmaps.shape[-1])
+            fit = fit_gaussians(persons.heatmaps[:, joints])
+            given = Gaussians(fit.amplitude, fit.mean, fit.covariance)
+            observed = is_fitted(fit)
+        else:
+            known = persons.need("amplitude", "mean", "covariance")
+            given = Gaussians(*(values[:, joints] for values in known))
+            numbers = [given.amplitude[..., None], given.mean, given.covariance.flatten(-2)]
+            observed = torch.cat(numbers, -1).isfinite().all(-1)
+        cond = condition_of(self, given, observed, size)
+        options = (seed, include_mode, True, "high", image_offset)
+        pose, log_prob = self.sample(cond, num_samples, *options)
+        assert isinstance(log_prob, Tensor)
+        lost = ~observed.any(1)[:, None]  # a ReLU in the flow may have lost the condition's NaN
+        return Hypotheses(
+            pose.masked_fill(lost[..., None, None], torch.nan),
+            self.joint_names,
+            log_prob.masked_fill(lost, torch.nan),
+        )
+
+    def _detected(self, persons: PersonBatch) -> list[int]:
+        """Where the 13 joints are among the detector's."""
+        names = persons.detector_names
+        for name in self.joint_names:
+            if name not in names:
+                raise ValueError(f"persons: the detector has no joint {name!r}, only {names}")
+        return [names.index(name) for name in self.joint_names]
 
     # -- files -------------------------------------------------------------------------------
 
