@@ -25,6 +25,7 @@ from tests.models.test_prohmr import official, prohmr
 @dataclass(frozen=True)
 class _Config:
     joints: int = 24
+    body: str = ""
 
 
 class Gaussian(BodyFlow):

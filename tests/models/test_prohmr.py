@@ -284,6 +284,8 @@ def test_hypotheses(make: Any) -> None:
     torch.testing.assert_close(many.joints_3d[:, :4], few.joints_3d)
     torch.testing.assert_close(many.log_prob[:, :4], few.log_prob)
     assert not torch.allclose(few.joints_3d, model.hypotheses(batch, 4, seed=4).joints_3d)
+    last = model.hypotheses(batch[3:], 4, seed=3, image_offset=3)
+    torch.testing.assert_close(few.joints_3d[3:], last.joints_3d)
     # the mode comes first; nothing is likelier
     assert (many.log_prob[:, :1] > many.log_prob[:, 1:]).all()
     cond = model.condition(batch)

@@ -12,7 +12,8 @@ from torch import Tensor
 from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.simulated_persons import SimulatedPersons, StickPoses
 from fasthyp.losses import PROHMR_LIFTING_WEIGHTS, PROHMR_WEIGHTS, discriminator_loss
-from fasthyp.models import ProHMR, ProHMRLifting
+from fasthyp.models import ProHMR, ProHMRLifting, load
+from fasthyp.models.flow_model import stick_joints
 from fasthyp.models.prohmr import ProHMRConfig, ProHMRLiftingConfig
 from fasthyp.train.prohmr import (
     ProHMRLiftingRecipe,
@@ -20,7 +21,6 @@ from fasthyp.train.prohmr import (
     ProHMRRecipe,
     ProHMRRecipeConfig,
     common_joints,
-    stick_joints,
 )
 from fasthyp.train.recipe import run
 from tests.models.random_persons import numbers, rotations
@@ -43,7 +43,7 @@ def source() -> SimulatedPersons:
 
 
 def prohmr(**changes: Any) -> ProHMRRecipe:
-    model = ProHMRConfig(16, 12, 2, 1, 0.1, 10, trunk_inputs=6 * 17)
+    model = ProHMRConfig(16, 12, 2, 1, 0.1, 10, trunk_inputs=6 * 17, body="stick")
     config = ProHMRRecipeConfig(
         **{**TINY, "num_samples": 3, "discriminator_features": 8, "model": model, **changes}
     )
@@ -120,7 +120,7 @@ def test_terms_are_the_papers() -> None:
 
 
 def model_points() -> list[int]:
-    regressor = stick_joints(source()).regressor
+    regressor = stick_joints().regressor
     assert regressor is not None
     return regressor.argmax(1).tolist()
 
@@ -201,8 +201,8 @@ def test_resumes_where_it_stopped(make: Any, tmp_path: Path) -> None:
     saved = (tmp_path / "whole" / "metrics.csv").read_text()
     assert saved == (tmp_path / "parts" / "metrics.csv").read_text()
     kind = ProHMR if make is prohmr else ProHMRLifting
-    body = {"body": stick_joints(source())} if make is prohmr else {}
-    loaded = kind.from_pretrained(tmp_path / "whole" / "model", **body)
+    loaded = load(tmp_path / "whole" / "model")
+    assert isinstance(loaded, kind)
     persons = source().sample(2, 0, "test")
     assert loaded.hypotheses(persons, 3).joints_3d.shape == (2, 3, 17, 3)
 
@@ -232,8 +232,12 @@ def test_default_is_the_papers_training(make: Any) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="body: expected one"):
-        stick_joints(object())
+    with pytest.raises(ValueError, match="body: expected 'stick' or nothing, got 'wood'"):
+        ProHMR(
+            body=None,
+            **{"context_features": 4, "hidden_features": 4},
+            config=ProHMRConfig(body="wood"),
+        )
     with pytest.raises(ValueError, match="joints: expected some of"):
         common_joints(("a",), ("b",))
     assert common_joints(("a", "b", "c"), ("c", "a")) == (("a", "c"), [0, 2], [1, 0])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.body import SMPL, SMPLX, LinearBody
-from fasthyp.body.joint_maps import SMPL24_JOINTS, SMPL45_JOINTS
+from fasthyp.body.joint_maps import H36M17_JOINTS, SMPL24_JOINTS, SMPL45_JOINTS
+from fasthyp.body.stick import h36m17_regressor, stick_body
 from fasthyp.data.persons import PersonBatch
 from fasthyp.geometry import Rotation6D, matrix_to_rotation_6d, rotation_6d_to_matrix
 from fasthyp.models._pretrained import PretrainedModel
@@ -186,12 +187,22 @@ class FlowModel(PretrainedModel):
         return features if trunk is None else trunk(features)
 
     def _draw(
-        self, cond: Tensor, num_samples: int, seed: int | None, include_mode: bool, precision: str
+        self,
+        cond: Tensor,
+        num_samples: int,
+        seed: int | None,
+        include_mode: bool,
+        precision: str,
+        image_offset: int,
     ) -> tuple[Tensor, Tensor]:
         """(B, M, D) and log-densities (B, M), without gradients, in eval mode."""
-        sampler = self._samplers.get(self.flow, precision)
-        x, log_prob = sampler(
-            cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
+        x, log_prob = self._samplers.get(self.flow, precision)(
+            cond,
+            num_samples,
+            seed=seed,
+            include_mode=include_mode,
+            return_log_prob=True,
+            image_offset=image_offset,
         )
         return x, log_prob
 
@@ -212,6 +223,9 @@ class FlowModel(PretrainedModel):
 class BodyFlow(FlowModel):
     """A conditional flow over 6D rotations of a body, with one shape and camera for each person.
 
+    Its configuration has ``body``: ``"stick"`` for simulated persons' stick body where no body is
+    given, ``""`` for none.
+
     Args:
         config, changes: as of :class:`PretrainedModel`.
         body: for joints and vertices; its arrays are not saved with the model.
@@ -229,7 +243,10 @@ class BodyFlow(FlowModel):
         **changes: Any,
     ) -> None:
         super().__init__(config, backbone, **changes)
-        self.body: Any = body
+        named = self.config.body
+        if named not in ("", "stick"):
+            raise ValueError(f"body: expected 'stick' or nothing, got {named!r}")
+        self.body: Any = stick_joints() if body is None and named else body
 
     @property
     def dims(self) -> int:  # type: ignore[override]
@@ -281,10 +298,11 @@ class BodyFlow(FlowModel):
         seed: int | None = None,
         include_mode: bool = True,
         precision: str = "high",
+        image_offset: int = 0,
     ) -> BodyPrediction:
         """Hypotheses of conditions (B, C), as in eval mode; the first is the mode, z = 0, with
         ``include_mode``. Arguments as of :class:`fasthyp.HypothesisSampler`."""
-        pose, log_prob = self._draw(cond, num_samples, seed, include_mode, precision)
+        pose, log_prob = self._draw(cond, num_samples, seed, include_mode, precision, image_offset)
         return self._prediction(pose, cond, log_prob)
 
     def _prediction(self, pose: Tensor, cond: Tensor, log_prob: Tensor) -> BodyPrediction:
@@ -317,11 +335,19 @@ class BodyFlow(FlowModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
     ) -> Hypotheses:
-        """Hypotheses of persons, see :class:`fasthyp.models.hypotheses.Hypothesiser`; the root of
-        each at the origin."""
+        """Hypotheses of persons, see :class:`fasthyp.models.Hypothesiser`; the root of each at the
+        origin.
+
+        Raises:
+            ValueError: the model has no body, or the batch lacks what the condition is made of.
+        """
         with evaluating(self):
-            prediction = self.sample(self.condition(persons), num_samples, seed, include_mode)
+            cond = self.condition(persons)
+            prediction = self.sample(
+                cond, num_samples, seed, include_mode, image_offset=image_offset
+            )
         joints, mesh = self.pose(prediction, vertices)
         root = joints[:, :, list(root_joints(self.body.joint_names))].mean(2, keepdim=True)
         return Hypotheses(
@@ -330,6 +356,11 @@ class BodyFlow(FlowModel):
             prediction.log_prob,
             None if mesh is None else mesh - root,
         )
+
+
+def stick_joints() -> BodyJoints:
+    """The stick body of simulated persons, with Human3.6M's joints."""
+    return BodyJoints(stick_body(), h36m17_regressor(), H36M17_JOINTS)
 
 
 @contextmanager

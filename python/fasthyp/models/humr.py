@@ -7,7 +7,7 @@ Probabilistic 3D Human Mesh Recovery", WACV 2025, and its code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fasthyp.flows import (
     PermuteRandom,
     ReversibleGraphNet,
 )
+from fasthyp.geometry import Rotation6D
 from fasthyp.models._official import Checkpoint, official_state, part, renamed, size
 from fasthyp.models._pretrained import load_exactly
 from fasthyp.models.flow_model import BodyFlow
@@ -50,6 +51,7 @@ class HUMRConfig:
             :class:`~fasthyp.models.prohmr.FCResNet` takes them to ``image_features``; 0 for none,
             as published.
         crop: side of the detector's heatmaps, which show the crop, in cells.
+        body: ``"stick"``, or nothing: see :class:`~fasthyp.models.flow_model.BodyFlow`.
     """
 
     image_features: int = 720
@@ -67,6 +69,7 @@ class HUMRConfig:
     head_dropout: float = 0.5
     trunk_inputs: int = 0
     crop: float = 64.0
+    body: str = ""
 
     @property
     def condition_features(self) -> int:
@@ -140,7 +143,7 @@ class HUMR(BodyFlow):
     """
 
     Config = HUMRConfig
-    convention = "rows"
+    convention: ClassVar[Rotation6D] = "rows"
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ ICCV 2021, and its code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fasthyp.body import prohmr_camera, project
 from fasthyp.body.joint_maps import J24_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.flows import ConditionalGlow
+from fasthyp.geometry import Rotation6D
 from fasthyp.models._official import Checkpoint, official_state, part, renamed, size
 from fasthyp.models._pretrained import load_exactly
 from fasthyp.models.flow_model import BodyFlow, FlowModel, evaluating
@@ -101,6 +102,7 @@ class ProHMRConfig:
         trunk_inputs: width of the features where they come of no backbone and an
             :class:`FCResNet` takes them to the context; 0 for none, as published.
         crop: side of the detector's heatmaps, which show the crop, in cells.
+        body: ``"stick"``, or nothing: see :class:`~fasthyp.models.flow_model.BodyFlow`.
     """
 
     context_features: int = 2048
@@ -115,6 +117,7 @@ class ProHMRConfig:
     image_size: float = 224.0
     trunk_inputs: int = 0
     crop: float = 64.0
+    body: str = ""
 
 
 class _GlowModel(FlowModel):
@@ -173,7 +176,7 @@ class ProHMR(_GlowModel, BodyFlow):
     """
 
     Config = ProHMRConfig
-    convention = "columns"
+    convention: ClassVar[Rotation6D] = "columns"
 
     def __init__(
         self,
@@ -349,8 +352,9 @@ class ProHMRLifting(_GlowModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
     ) -> Hypotheses:
-        """Hypotheses of persons, see :class:`fasthyp.models.hypotheses.Hypothesiser`; the pelvis
+        """Hypotheses of persons, see :class:`fasthyp.models.Hypothesiser`; the pelvis
         comes first, at the origin.
 
         Raises:
@@ -360,7 +364,7 @@ class ProHMRLifting(_GlowModel):
             raise ValueError("vertices: expected False, as a skeleton has none")
         with evaluating(self):
             cond = self.condition(persons)
-        x, log_prob = self._draw(cond, num_samples, seed, include_mode, "high")
+        x, log_prob = self._draw(cond, num_samples, seed, include_mode, "high", image_offset)
         joints = nn.functional.pad(x.unflatten(-1, (-1, 3)), (0, 0, 1, 0))
         return Hypotheses(joints, ("pelvis", *self.config.joint_names), log_prob)
 

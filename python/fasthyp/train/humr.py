@@ -27,7 +27,7 @@ from fasthyp.losses import (
     parameter_loss,
 )
 from fasthyp.models.humr import HUMR, HUMRConfig
-from fasthyp.train.prohmr import common_joints, stick_joints
+from fasthyp.train.prohmr import common_joints
 from fasthyp.train.recipe import PersonSource, Recipe, RecipeConfig
 
 ARTICULATED = ("elbow", "wrist", "knee", "ankle")
@@ -74,6 +74,7 @@ class HUMRRecipeConfig(RecipeConfig):
             head_dropout=0.1,
             betas=10,
             trunk_inputs=6 * len(H36M17_JOINTS),
+            body="stick",
         )
         values: dict[str, Any] = {
             **{"steps": 5_000, "batch_size": 64, "learning_rate": 1e-3, "schedule": "cosine"},
@@ -90,8 +91,8 @@ class HUMRRecipe(Recipe):
     Args:
         config: a :class:`HUMRRecipeConfig`.
         source: of persons with rotations, shape, projected joints and detections.
-        body: a :class:`~fasthyp.models.flow_model.PosedBody`; by default the source's stick body,
-            with Human3.6M's joints.
+        body: a :class:`~fasthyp.models.flow_model.PosedBody`; may be left out where the model's
+            configuration names one.
         backbone: as of :class:`~fasthyp.models.HUMR`.
     """
 
@@ -109,7 +110,7 @@ class HUMRRecipe(Recipe):
     ) -> None:
         super().__init__(config, source)
         self.weights = HUMR_WEIGHTS
-        self.model = HUMR(config.model, body or stick_joints(source), backbone)
+        self.model = HUMR(config.model, body, backbone)
 
     def masks(self, persons: PersonBatch) -> Tensor | None:
         """(B, H, W) where each person, and what hides it, are in the crop; None for none.

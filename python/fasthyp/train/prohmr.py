@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.body.joint_maps import H36M17_JOINTS
-from fasthyp.body.stick import h36m17_regressor
 from fasthyp.data.persons import PersonBatch
 from fasthyp.losses import (
     PROHMR_LIFTING_WEIGHTS,
@@ -24,7 +23,7 @@ from fasthyp.losses import (
     prior_loss,
     weighted_sum,
 )
-from fasthyp.models.flow_model import BodyFlow, BodyJoints, BodyPrediction, root_joints
+from fasthyp.models.flow_model import BodyFlow, BodyPrediction, root_joints
 from fasthyp.models.prohmr import ProHMR, ProHMRConfig, ProHMRLifting, ProHMRLiftingConfig
 from fasthyp.train.recipe import PersonSource, Recipe, RecipeConfig
 
@@ -64,6 +63,7 @@ class ProHMRRecipeConfig(RecipeConfig):
             head_features=128,
             dropout=0.1,
             trunk_inputs=6 * len(H36M17_JOINTS),
+            body="stick",
         )
         values: dict[str, Any] = {
             **{"steps": 4_000, "batch_size": 128, "learning_rate": 1e-3, "schedule": "cosine"},
@@ -121,8 +121,8 @@ class ProHMRRecipe(Recipe):
     Args:
         config: a :class:`ProHMRRecipeConfig`.
         source: of persons with rotations, shape, joints and their projections.
-        body: a :class:`~fasthyp.models.flow_model.PosedBody`; by default the source's stick body,
-            with Human3.6M's joints.
+        body: a :class:`~fasthyp.models.flow_model.PosedBody`; may be left out where the model's
+            configuration names one.
         backbone: as of :class:`~fasthyp.models.ProHMR`.
     """
 
@@ -142,7 +142,7 @@ class ProHMRRecipe(Recipe):
         super().__init__(config, source)
         self.automatic_optimization = False
         self.weights = PROHMR_WEIGHTS
-        self.model = ProHMR(config.model, body or stick_joints(source), backbone)
+        self.model = ProHMR(config.model, body, backbone)
         self.discriminator = PosePriorDiscriminator(config.discriminator_features)
         first = source.sample(config.batch_size, config.seed, "train")
         pose = self.model.to_6d(self.model.target(first))
@@ -176,9 +176,9 @@ class ProHMRRecipe(Recipe):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Two AdamW, with weight decay on everything, as in the code."""
-        settings = {"lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}
-        parts = (self.model.trained_parameters(), list(self.discriminator.parameters()))
-        return [torch.optim.AdamW(part, **settings) for part in parts]
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        parts = (self.model.trained_parameters(), self.discriminator.parameters())
+        return [torch.optim.AdamW(part, lr=rate, weight_decay=decay) for part in parts]
 
 
 class ProHMRLiftingRecipe(Recipe):
@@ -214,18 +214,6 @@ class ProHMRLiftingRecipe(Recipe):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
         )
-
-
-def stick_joints(source: Any) -> BodyJoints:
-    """The stick body of simulated persons, with Human3.6M's joints.
-
-    Raises:
-        ValueError: the source has none.
-    """
-    body = getattr(source, "body", None)
-    if body is None:
-        raise ValueError("body: expected one, as the source of persons has none")
-    return BodyJoints(body, h36m17_regressor(), H36M17_JOINTS)
 
 
 def _initialise(model: Any, x: Tensor, noise: float, persons: PersonBatch) -> None:
