@@ -51,7 +51,9 @@ def test_terms_are_the_papers() -> None:
     persons = recipe.persons()
     assert persons.visible is not None
     persons.amplitude[:, ::3] *= 0.4  # more that the detector does not see
-    persons.joints_2d[0, 3] = torch.tensor([70.0, 20.0])  # one beyond the crop
+    persons.covariance.mul_(9)  # samples beside the mask
+    persons.joints_2d[:, 13, 0] = 70.0  # beyond the crop, though the detector is sure
+    persons.amplitude[:, 13] = 0.9
     terms = recipe.losses(persons)
     assert terms.keys() == HUMR_WEIGHTS.keys() == recipe.weights.keys()
 
