@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fasthyp.train import SYSTEMS
+
 app = typer.Typer(
     name="fasthyp",
     help="Probabilistic human pose estimation: hundreds of 3D hypotheses per person, fast.",
@@ -26,8 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train a model.")
-app.add_typer(train_app, name="train")
+_SYSTEMS = ("lifting", *SYSTEMS)
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer may carry its own copy of click
 
@@ -124,7 +125,8 @@ def sample(
             metavar="INPUT",
             help=".npz with heatmaps (P,J,H,W) or (J,H,W), .npy of the same, or .npz with "
             "keypoints (P,J,2), covariances (P,J,2,2) and, if known, amplitudes (P,J) and "
-            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears.",
+            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears. With "
+            "--shard-size any data set.",
         ),
     ],
     num_samples: NumSamples = 1000,
@@ -146,6 +148,12 @@ def sample(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Persons at a time; changes no hypothesis.")
     ] = 16,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a folder, --out, of files of so many persons each."),
+    ] = None,
+    format: DataFormat = None,
+    option: DataOptions = None,
     as_json: Json = False,
 ) -> None:
     """Hypotheses of the 3D poses of persons, from the heatmaps of a 2D pose detector.
@@ -154,7 +162,32 @@ def sample(
     y down, z away from the camera: `hypotheses` (P,M,13,3), `log_prob` (P,M) in nats, `mode`
     (P,13,3), `covariance` (P,13,3,3) of the hypotheses, `std` (P,13) = sqrt(trace(covariance)), the
     Gaussians in `fit_*` (cells of the heatmap), `joint_names`, `seed`, `model` and `version`.
+
+    With `--shard-size` the output is a folder, for any number of persons: files are read as they
+    are needed, complete shards of an earlier run are kept, and processes that
+    `torchrun --nproc-per-node N -m fasthyp sample ...` starts, on one machine or several, share the
+    shards. Each holds `hypotheses` (n,M,J,3), the mode first, `log_prob`, `joint_names`, `first`.
     """
+    if shard_size is not None:
+        from fasthyp.cli._shards import run as run_sharded
+
+        if plot is not None or person is not None:
+            raise ValueError("--shard-size: expected no --plot and no --person with it")
+        run_sharded(
+            *(input, out, str(model or "lifting")),
+            format=format,
+            options=option or [],
+            num_samples=num_samples,
+            seed=seed,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            device=device.value,
+            precision=precision.value,
+            as_json=as_json,
+        )
+        return
+    if format is not None or option:
+        raise ValueError("--format and --option: expected --shard-size with them")
     from fasthyp.cli._sample import run
 
     run(
@@ -237,35 +270,80 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
-@train_app.command("lifting")
-def train_lifting(
-    data: Data,
+@app.command(
+    help="Train a model: one of " + ", ".join(_SYSTEMS) + ".\n\nWrites the configuration, the "
+    "curves, the last checkpoint and the best model into a folder."
+)
+def train(
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help=", ".join(_SYSTEMS))],
+    data: Annotated[Path, typer.Option(help="CMU motion capture poses, or a data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, checkpoints and curves.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Data set to validate on, where --data is one.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Recipe, .json; unset keys: defaults.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Processes, each with its own GPU.")] = 1,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to it.")] = False,
 ) -> None:
-    """Train the lifting flow on motion capture seen by simulated cameras and detectors."""
-    from dataclasses import replace
+    from fasthyp.cli._train import run
 
-    from fasthyp.train.lifting import LiftingTrainConfig, train
-
-    if config is None and resume:
-        config = out / "config.json"
-    try:
-        recipe = LiftingTrainConfig() if config is None else LiftingTrainConfig.from_json(config)
-    except TypeError as error:
-        raise ValueError(f"{config}: a setting has a wrong type: {error}") from error
-    recipe = replace(
-        recipe,
-        steps=recipe.steps if steps is None else steps,
-        seed=recipe.seed if seed is None else seed,
+    if system not in _SYSTEMS:
+        raise ValueError(f"system: expected one of {', '.join(_SYSTEMS)}, got {system!r}")
+    changes = {"steps": steps, "seed": seed}
+    run(
+        *(system, data, out),
+        validation=validation,
+        config=config,
+        settings=settings or [],
+        changes={name: value for name, value in changes.items() if value is not None},
+        resume=resume,
+        devices=devices,
+        tensorboard=tensorboard,
     )
-    train(recipe, data, out, resume=resume, progress=sys.stderr.isatty())
-    print(f"wrote {out / 'lifting.safetensors'}")
+
+
+@app.command()
+def simulate(
+    poses: Annotated[
+        Path,
+        typer.Argument(
+            metavar="POSES",
+            help=".npz with poses_mm (N,17,3): Human3.6M's joints, mm, any world axes with z up.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write, .npz.")] = Path(
+        "persons.npz"
+    ),
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="train, validation or test of CMU poses, by subject and without glitches.",
+            show_default="all poses, as one person's",
+        ),
+    ] = None,
+    detector: Annotated[
+        str, typer.Option(help="Joints: h36m17, mpii16, coco13 or coco17.")
+    ] = "h36m17",
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Render them as well.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """See each pose once by a random camera and a simulated 2D detector.
+
+    Writes what `fasthyp.data.PersonBatch` describes: joints in 3D and 2D, cameras, fitted
+    Gaussians, features, and rotations and shape of a stick body with SMPL's tree of joints.
+    """
+    from fasthyp.cli._train import simulate as run
+
+    run(poses, out, part, detector=detector, heatmaps=heatmaps, seed=seed)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from fasthyp.models.hypotheses import Hypotheses, Hypothesiser
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.models.pose_inn import PoseINN
 from fasthyp.models.prohmr import ProHMR, ProHMRLifting
+from fasthyp.models.regression import Regression
 
 __all__ = [
     "HUMR",
@@ -18,5 +19,6 @@ __all__ = [
     "PoseINN",
     "ProHMR",
     "ProHMRLifting",
+    "Regression",
     "load",
 ]
