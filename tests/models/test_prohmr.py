@@ -413,8 +413,12 @@ def test_bad_input() -> None:
         ProHMR(**SMALL, trunk_inputs=FEATURES).pose(model.sample(cond, 2))
     with pytest.raises(ValueError, match="persons: expected features"):
         model.condition(type(batch)(mean=batch.mean))
-    with pytest.raises(ValueError, match=r"persons.features: expected \(B, C\), or a backbone"):
+    with pytest.raises(ValueError, match=r"persons.features: expected \(B, 12\), or a backbone"):
         model.condition(type(batch)(features=torch.zeros(2, 3, 8, 8)))
+    with pytest.raises(
+        ValueError, match=r"persons.features: expected \(B, 2048\).*, got \(5, 12\)"
+    ):
+        ProHMR(num_layers=1, hidden_features=8).condition(batch)
     with pytest.raises(ValueError, match="expected 'right_ankle' among"):
         ProHMRLifting().condition(type(batch)(mean=batch.mean, detector_names=COCO17_JOINTS[:3]))
     with pytest.raises(ValueError, match="vertices: expected False"):

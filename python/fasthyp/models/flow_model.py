@@ -175,15 +175,17 @@ class FlowModel(PretrainedModel):
                 f"got {tuple(x.shape)} and {tuple(cond.shape)}"
             )
 
-    def _inputs(self, persons: PersonBatch, trunk: nn.Module | None) -> Tensor:
-        """The batch's features (B, C), through the backbone and the trunk, where there is one."""
+    def _inputs(self, persons: PersonBatch, trunk: nn.Module | None, width: int) -> Tensor:
+        """The batch's features (B, width), through the backbone and then the trunk, where there
+        are any."""
         (features,) = persons.need("features")
         if self.backbone is not None:
             features = self.backbone(features)
-        if features.dim() != 2:
-            raise ValueError(
-                f"persons.features: expected (B, C), or a backbone, got {tuple(features.shape)}"
+        if features.dim() != 2 or features.shape[1] != width:
+            expected = (
+                f"(B, {width})" if self.backbone is not None else f"(B, {width}), or a backbone"
             )
+            raise ValueError(f"persons.features: expected {expected}, got {tuple(features.shape)}")
         return features if trunk is None else trunk(features)
 
     def _draw(

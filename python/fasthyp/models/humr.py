@@ -192,7 +192,9 @@ class HUMR(BodyFlow):
         pose = torch.cat([self.to_crop(mean), confidence], -1).flatten(1)
         side = centre.new_full((len(centre), 1), config.crop)
         box = torch.cat([config.crop / 2 - centre, side], 1) / focal[:, None]
-        return torch.cat([self._inputs(persons, self.trunk), self.joints_enc(pose), box], 1)
+        width = config.trunk_inputs or config.image_features
+        feature = self._inputs(persons, self.trunk, width)
+        return torch.cat([feature, self.joints_enc(pose), box], 1)
 
     def to_crop(self, points: Tensor) -> Tensor:
         """Cells (..., 2) of the heatmaps as crop coordinates from -1 to 1."""

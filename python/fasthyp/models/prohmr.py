@@ -199,7 +199,8 @@ class ProHMR(_GlowModel, BodyFlow):
 
     def condition(self, persons: PersonBatch) -> Tensor:
         """The features (B, C), through backbone and trunk."""
-        return self._inputs(persons, self.trunk)
+        width = self.config.trunk_inputs or self.config.context_features
+        return self._inputs(persons, self.trunk, width)
 
     def shape_and_camera(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         return self.fc_head(cond)
