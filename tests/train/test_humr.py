@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fasthyp.data.simulated_persons import render_gaussians
 from fasthyp.losses import HUMR_WEIGHTS
 from fasthyp.models import HUMR
 from fasthyp.models.humr import HUMRConfig
+from fasthyp.train import load_recipe
 from fasthyp.train.humr import HUMRRecipe, HUMRRecipeConfig, detection_samples, person_masks
 from fasthyp.train.recipe import run
 from tests.models.random_persons import numbers
@@ -216,6 +218,12 @@ def test_resumes_where_it_stopped(tmp_path: Path) -> None:
     loaded = HUMR.from_pretrained(tmp_path / "whole" / "model")
     persons = source().sample(2, 0, "test")
     assert loaded.hypotheses(persons, 3).joints_3d.shape == (2, 3, 17, 3)
+
+
+def test_goes_to_other_processes() -> None:
+    recipe = humr()
+    assert load_recipe(recipe.name) is HUMRRecipe
+    assert_same(weights_of(recipe), weights_of(pickle.loads(pickle.dumps(recipe))))
 
 
 def test_default_is_the_papers_training() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fasthyp.losses import PROHMR_LIFTING_WEIGHTS, PROHMR_WEIGHTS, discriminator
 from fasthyp.models import ProHMR, ProHMRLifting, load
 from fasthyp.models.flow_model import stick_joints
 from fasthyp.models.prohmr import ProHMRConfig, ProHMRLiftingConfig
+from fasthyp.train import load_recipe
 from fasthyp.train.prohmr import (
     ProHMRLiftingRecipe,
     ProHMRLiftingRecipeConfig,
@@ -221,6 +223,13 @@ def test_the_flow_is_initialised_by_the_first_batch(make: Any) -> None:
     _, z = recipe.model.log_prob(x[:, None], cond)
     assert z.abs().mean() < 5  # joints that never turn among them
     assert_same(weights_of(recipe), weights_of(make()))
+
+
+@pytest.mark.parametrize("make", [prohmr, lifting])
+def test_goes_to_other_processes(make: Any) -> None:
+    recipe = make()
+    assert load_recipe(recipe.name) is type(recipe)
+    assert_same(weights_of(recipe), weights_of(pickle.loads(pickle.dumps(recipe))))
 
 
 @pytest.mark.parametrize("make", [prohmr, lifting])

@@ -109,7 +109,7 @@ class HUMRRecipe(Recipe):
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__(config, source)
-        self.weights = HUMR_WEIGHTS
+        self.weights = dict(HUMR_WEIGHTS)
         self.model = HUMR(config.model, body, backbone)
 
     def masks(self, persons: PersonBatch) -> Tensor | None:

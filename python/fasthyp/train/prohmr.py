@@ -141,7 +141,7 @@ class ProHMRRecipe(Recipe):
     ) -> None:
         super().__init__(config, source)
         self.automatic_optimization = False
-        self.weights = PROHMR_WEIGHTS
+        self.weights = dict(PROHMR_WEIGHTS)
         self.model = ProHMR(config.model, body, backbone)
         self.discriminator = PosePriorDiscriminator(config.discriminator_features)
         first = source.sample(config.batch_size, config.seed, "train")
@@ -196,7 +196,7 @@ class ProHMRLiftingRecipe(Recipe):
 
     def __init__(self, config: ProHMRLiftingRecipeConfig, source: PersonSource) -> None:
         super().__init__(config, source)
-        self.weights = PROHMR_LIFTING_WEIGHTS
+        self.weights = dict(PROHMR_LIFTING_WEIGHTS)
         self.model = ProHMRLifting(config.model)
         many = source.sample(_STANDARDISATION, config.seed, "train")
         self.model.fit_standardisation(self.model.keypoints(many))
