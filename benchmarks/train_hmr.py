@@ -54,7 +54,7 @@ def errors(joints: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def fitting(model: ProHMR | HUMR, persons: PersonBatch, rounds: int) -> dict[str, Any]:
+def fitting(model: ProHMR, persons: PersonBatch, rounds: int) -> dict[str, Any]:
     """Fit to the detector's means, in the crop, weighted by their certainty; and to the truth."""
     mean, covariance, truth, joints_2d = persons.need(
         "mean", "covariance", "joints_3d", "joints_2d"
@@ -64,15 +64,12 @@ def fitting(model: ProHMR | HUMR, persons: PersonBatch, rounds: int) -> dict[str
         cond = model.condition(persons)
         mode = model.decode(torch.zeros(batch, 1, model.dims), cond)
         joints = model.pose(mode)[0][:, 0]
-    if isinstance(model, ProHMR):
-        size = model.config.image_size
-        unit = size / model.config.crop
-        focal = torch.full((batch, 2), model.config.focal_length)
-        translation = prohmr_camera(mode.camera, model.config.focal_length, size)
-        centre = torch.full((batch, 2), size / 2)
-    else:
-        raise TypeError("fitting is shown with ProHMR")
-    options = {
+    size = model.config.image_size
+    unit = size / model.config.crop
+    focal = torch.full((batch, 2), model.config.focal_length)
+    centre = torch.full((batch, 2), size / 2)
+    translation = prohmr_camera(mode.camera, model.config.focal_length, size)
+    options: dict[str, Any] = {
         "translation": translation,
         "focal_length": focal,
         "camera_center": centre,
