@@ -117,6 +117,11 @@ def views(model: ProHMR | HUMR, source: Any, persons: int, rounds: int) -> dict[
     }
 
 
+def _named(argument: str) -> str:
+    """Files by their names alone."""
+    return Path(argument).name if "/" in argument else argument
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("system", choices=sorted(RECIPES))
@@ -155,7 +160,7 @@ def main() -> None:
     persons = source.sample(arguments.test_persons, TEST_SEED, "test")
     size = {"num_samples": sorted(arguments.samples), "batch_size": 32}
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python benchmarks/train_hmr.py", *map(_named, sys.argv[1:])]),
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "config": values,
