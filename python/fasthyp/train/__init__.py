@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from fasthyp.train.recipe import Recipe, RecipeConfig, run
 
 SYSTEMS = {
+    "humr": "fasthyp.train.humr:HUMRRecipe",
+    "prohmr": "fasthyp.train.prohmr:ProHMRRecipe",
+    "prohmr_lifting": "fasthyp.train.prohmr:ProHMRLiftingRecipe",
     "regression": "fasthyp.train.regression:RegressionRecipe",
 }
 """Recipes by name, for ``fasthyp train``: the module and the class in it."""
