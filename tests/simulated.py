@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from fasthyp.body import h36m17_regressor, stick_body
 from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data import SimulatedPersons
 from fasthyp.data.simulated_persons import StickPoses
 from fasthyp.geometry import axis_angle_to_matrix
+from fasthyp.models import BodyJoints
 
 
-class Stick:
+def stick() -> BodyJoints:
     """The stick body, seen at Human3.6M's joints."""
-
-    joint_names = H36M17_JOINTS
-
-    def __init__(self) -> None:
-        self.body, self.regressor = stick_body(), h36m17_regressor()
-
-    def __call__(
-        self, betas: Tensor, rotations: Tensor, vertices: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        out = self.body(betas, rotations, pose2rot=False).vertices
-        assert out is not None
-        return self.regressor @ out, out if vertices else None
+    return BodyJoints(stick_body(), h36m17_regressor(), H36M17_JOINTS)
 
 
 def stick_people(number: int, seed: int = 0) -> StickPoses:

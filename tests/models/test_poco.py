@@ -27,7 +27,7 @@ from fasthyp.models.poco import (
     nearest_rotation,
     rotations,
 )
-from tests.simulated import Stick, source
+from tests.simulated import source, stick
 
 TINY: dict[str, Any] = {
     **{"features": 20, "hidden": 16, "dropout": 0.0, "scale_hidden": 12, "condition": 8},
@@ -43,7 +43,7 @@ def persons(number: int = 4) -> PersonBatch:
 
 def model(head: str = "cliff", **changes: Any) -> POCO:
     torch.manual_seed(0)
-    made = POCO(POCOConfig(**{**TINY, "head": head, **changes}), body=Stick()).eval()
+    made = POCO(POCOConfig(**{**TINY, "head": head, **changes}), body=stick()).eval()
     if head != "pare":
         nn.init.xavier_uniform_(made.head.decpose.weight, gain=0.3)
     return made
@@ -313,7 +313,7 @@ def test_curation_keeps_what_is_certain() -> None:
     assert kept.betas is not None
     assert kept.joints_2d is not None
     assert kept.mean is not None
-    joints, _ = Stick()(kept.betas, rotations(kept))
+    joints, _ = stick()(kept.betas, rotations(kept))
     torch.testing.assert_close(joints - joints[:, :1], kept.joints_3d)
     assert not net.curate(batch)[1].any()  # sigma of an untrained network is about 0.5
     assert torch.equal(net.certain(batch, limit), sure <= limit)
@@ -397,7 +397,7 @@ def official(head: str, width: int = 20) -> dict[str, Tensor]:
 def test_official_checkpoints(head: str, tmp_path: Path) -> None:
     state = official(head)
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "poco.pt")
-    net = POCO.from_official(tmp_path / "poco.pt", body=Stick(), crop_size=48.0)
+    net = POCO.from_official(tmp_path / "poco.pt", body=stick(), crop_size=48.0)
     config = net.config
     assert not net.training
     assert config.head == head
@@ -462,9 +462,9 @@ def test_other_checkpoints_are_refused(key: str, value: Tensor | None, message: 
 
 
 def test_files(tmp_path: Path) -> None:
-    net = model("pare", root=(1, 4))
+    net = model("pare", crop_size=32.0)
     net.save_pretrained(tmp_path)
-    again = POCO.from_pretrained(tmp_path, body=Stick())
+    again = POCO.from_pretrained(tmp_path, body=stick())
     assert again.config == net.config
     batch = replace(persons(), features=torch.randn(4, 20, 5, 5))
     assert torch.equal(again.hypotheses(batch, 4).joints_3d, net.hypotheses(batch, 4).joints_3d)

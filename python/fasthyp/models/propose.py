@@ -25,6 +25,7 @@ from fasthyp.data.persons import PersonBatch
 from fasthyp.flows import GLOWCouplingBlock, PermuteRandom, SequenceINN
 from fasthyp.losses import joint_distance_loss, negative_log_likelihood
 from fasthyp.models._pretrained import PretrainedModel
+from fasthyp.models.flow_model import root_joints
 from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.ops.coupling import philox_normal
 from fasthyp.sampling import SamplerCache
@@ -37,8 +38,8 @@ class ProPoseConfig:
     The paper gives none of their values; where it names a symbol, that is in brackets.
 
     Attributes:
-        joint_names, detector_names: of the 3D and of the 2D pose (J of both).
-        root: the 3D joints whose mean is the origin.
+        joint_names, detector_names: of the 3D and of the 2D pose (J of both); the pelvis, or the
+            middle of the hips, is the origin.
         latent: [d] of the autoencoders' latent spaces.
         pilgd_scale: [s] standard deviation of every PILGD.
         clamp: [alpha] PILGD means lie within (-alpha, alpha); so do PAGD means.
@@ -52,7 +53,6 @@ class ProPoseConfig:
 
     joint_names: tuple[str, ...] = H36M17_JOINTS
     detector_names: tuple[str, ...] = H36M17_JOINTS
-    root: tuple[int, ...] = (0,)
     latent: int = 64
     pilgd_scale: float = 0.2
     clamp: float = 3.0
@@ -100,6 +100,7 @@ class ProPose(PretrainedModel):
         super().__init__(config, **changes)
         c = self.config
         self.joints, self.detector_joints = len(c.joint_names), len(c.detector_names)
+        self._root = list(root_joints(c.joint_names))
         pose, seen = 3 * self.joints, 2 * self.detector_joints
         net = partial(ConditionalMLP, hidden=c.hidden, layers=c.layers)
         self.encoder = net(pose, seen, c.latent)
@@ -167,7 +168,7 @@ class ProPose(PretrainedModel):
         """3D poses (B, J, 3) of latents (B, d), or (B, M, J, 3) of (B, M, d): equation 3."""
         flat = self.decoder(latent, pose_2d)
         pose = flat.unflatten(-1, (self.joints, 3)) * self.spread + self.centre
-        return pose - pose[..., list(self.config.root), :].mean(-2, keepdim=True)
+        return pose - pose[..., self._root, :].mean(-2, keepdim=True)
 
     def energy(self, pose: Tensor, pose_2d: Tensor) -> Tensor:
         """What the discriminator says of 3D poses (B, J, 3): (B,) metres, the distances of joints

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from os import PathLike
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ from fasthyp.body.joint_maps import SMPL24_JOINTS
 from fasthyp.body.skinning import humr_camera, prohmr_camera, project
 from fasthyp.data.persons import PersonBatch
 from fasthyp.metrics.uncertainty import SMPL_PARENTS, body_uncertainty, kinematic_uncertainty
+from fasthyp.models._official import Checkpoint
 from fasthyp.models._pretrained import PretrainedModel
+from fasthyp.models.flow_model import PosedBody, evaluating, root_joints
 from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.models.poco.heads import (
     PARTS,
@@ -23,6 +24,7 @@ from fasthyp.models.poco.heads import (
     Regressed,
     box_info,
 )
+from fasthyp.models.poco.official import load
 from fasthyp.models.poco.uncertainty import ErrorDensity, ScaleNetwork
 
 HEADS = ("hmr", "cliff", "pare")
@@ -46,19 +48,6 @@ _OF_PART = {
 }
 
 
-class PosedBody(Protocol):
-    """A body with SMPL's 24 parts."""
-
-    joint_names: tuple[str, ...]
-
-    def __call__(
-        self, betas: Tensor, rotations: Tensor, vertices: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Shape (N, S), rotations (N, 24, 3, 3), the root's first -> joints (N, J, 3) metres, and
-        vertices (N, V, 3) metres where wanted."""
-        ...
-
-
 @dataclass(frozen=True)
 class POCOConfig:
     """Settings of :class:`POCO`; the defaults are the paper's POCO-CLIFF.
@@ -80,7 +69,6 @@ class POCOConfig:
             code's (:func:`fasthyp.metrics.body_uncertainty`), which neither sums nor divides.
         keep_below: whole-body uncertainty up to which a pseudo truth is kept.
         reject_above: whole-body uncertainty from which a frame of a video counts as missing.
-        root: the joints of the body whose mean is the origin.
         crop_size: side of the person's box in cells of ``PersonBatch``; the box is ``[0, side]``.
         save_backbone: whether the backbone's weights are saved with the model.
     """
@@ -108,7 +96,6 @@ class POCOConfig:
     whole_body: str = "chain"
     keep_below: float = 0.3
     reject_above: float = 0.8
-    root: tuple[int, ...] = (0,)
     crop_size: float = 64.0
     save_backbone: bool = False
 
@@ -317,7 +304,7 @@ class POCO(PretrainedModel):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples: expected at least 1, got {num_samples!r}")
-        predicted = self.predict(persons)
+        predicted = self._predict_in_eval(persons)
         pose = predicted.pose[:, None]
         drawn = num_samples - (1 if include_mode else 0)
         if drawn:
@@ -369,7 +356,7 @@ class POCO(PretrainedModel):
             ``body_pose`` and ``betas`` of the model; and (B,) bool, which they are.
         """
         limit = self.config.keep_below if keep_below is None else keep_below
-        predicted = self.predict(persons)
+        predicted = self._predict_in_eval(persons)
         joints = self.joints(predicted.pose, predicted.betas)
         keep = self.whole_body_uncertainty(predicted) < limit
         told = replace(
@@ -390,14 +377,14 @@ class POCO(PretrainedModel):
         """(B,) bool: frames that are kept, where the others count as missing. Section 5.4, task 2;
         the limit is the configuration's 0.8, the paper's, unless told."""
         limit = self.config.reject_above if reject_above is None else reject_above
-        return self.whole_body_uncertainty(self.predict(persons)) <= limit
+        return self.whole_body_uncertainty(self._predict_in_eval(persons)) <= limit
 
     # -- files -------------------------------------------------------------------------------
 
     @classmethod
     def from_official(
         cls,
-        source: str | PathLike[str] | Mapping[str, Any],
+        checkpoint: Checkpoint,
         body: PosedBody | None = None,
         backbone: nn.Module | None = None,
         **changes: Any,
@@ -410,8 +397,8 @@ class POCO(PretrainedModel):
         no ``backbone`` with such names is given.
 
         Args:
-            source: a file, or a mapping; a state dict, or one under ``"state_dict"`` or
-                ``"model"``, whose names may begin with ``model.``.
+            checkpoint: a file or its content, see
+                :func:`~fasthyp.models._official.official_state`; names may begin with ``model.``.
             body, backbone: as for the class.
             changes: settings that differ.
 
@@ -420,9 +407,7 @@ class POCO(PretrainedModel):
             ValueError: not such a checkpoint; names the tensor that is missing, unknown or of the
                 wrong shape.
         """
-        from fasthyp.models.poco.official import load
-
-        return load(cls, source, body, backbone, changes)
+        return load(cls, checkpoint, body, backbone, changes)
 
     def saved_state(self) -> dict[str, Tensor]:
         """All but the body, and the backbone unless ``save_backbone``."""
@@ -431,7 +416,11 @@ class POCO(PretrainedModel):
 
     # -- parts -------------------------------------------------------------------------------
 
-    def _body(self) -> Any:
+    def _predict_in_eval(self, persons: PersonBatch) -> POCOPrediction:
+        with evaluating(self):
+            return self.predict(persons)
+
+    def _body(self) -> PosedBody:
         if self.body is None:
             raise ValueError("body: expected one to pose, got None")
         return self.body
@@ -439,8 +428,9 @@ class POCO(PretrainedModel):
     def _posed(
         self, pose: Tensor, betas: Tensor, vertices: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        joints, mesh = self._body()(betas, pose, vertices)
-        root = joints[:, list(self.config.root)].mean(1, keepdim=True)
+        body = self._body()
+        joints, mesh = body(betas, pose, vertices)
+        root = joints[:, list(root_joints(body.joint_names))].mean(1, keepdim=True)
         if vertices and mesh is None:
             raise ValueError("vertices: expected a body with vertices")
         return joints - root, None if mesh is None else mesh - root
