@@ -26,6 +26,7 @@ from fasthyp.models.poco.heads import (
 )
 from fasthyp.models.poco.official import load
 from fasthyp.models.poco.uncertainty import ErrorDensity, ScaleNetwork
+from fasthyp.models.prohmr import FCResNet
 
 HEADS = ("hmr", "cliff", "pare")
 CROP_FOCAL = 5000 / 224
@@ -70,7 +71,9 @@ class POCOConfig:
         keep_below: whole-body uncertainty up to which a pseudo truth is kept.
         reject_above: whole-body uncertainty from which a frame of a video counts as missing.
         crop_size: side of the person's box in cells of ``PersonBatch``; the box is ``[0, side]``.
-        save_backbone: whether the backbone's weights are saved with the model.
+        trunk_inputs: width of the features where they come of no backbone and an
+            :class:`~fasthyp.models.prohmr.FCResNet` makes ``features`` numbers of them; 0: no such
+            trunk.
     """
 
     head: str = "cliff"
@@ -97,7 +100,7 @@ class POCOConfig:
     keep_below: float = 0.3
     reject_above: float = 0.8
     crop_size: float = 64.0
-    save_backbone: bool = False
+    trunk_inputs: int = 0
 
     @classmethod
     def official_cliff(cls, **changes: Any) -> POCOConfig:
@@ -159,7 +162,8 @@ class POCO(PretrainedModel):
         config: a :class:`POCOConfig`.
         body: what turns rotations into joints; needed by :meth:`hypotheses`, :meth:`curate` and
             :meth:`joints`.
-        backbone: from ``persons.features`` to the head's features; none if they are features.
+        backbone: from ``persons.features`` to the head's features; not saved. None if they are
+            features.
         changes: settings that differ from ``config``.
     """
 
@@ -200,6 +204,11 @@ class POCO(PretrainedModel):
         )
         self.body = body
         self.backbone = backbone
+        self.trunk = (
+            FCResNet(c.trunk_inputs, c.features, c.features, dropout=c.dropout)
+            if c.trunk_inputs
+            else None
+        )
 
     # -- what it says ------------------------------------------------------------------------
 
@@ -241,6 +250,8 @@ class POCO(PretrainedModel):
         (features,) = persons.need("features")
         if self.backbone is not None:
             features = self.backbone(features)
+        if self.trunk is not None:
+            features = self.trunk(features)
         box = None
         if self.config.head == "cliff":
             focal, centre = persons.need("focal_length", "centre")
@@ -254,10 +265,26 @@ class POCO(PretrainedModel):
         (B, 1) where the flow is over all parts."""
         return self.density.log_prob(predicted.features, predicted.pose, truth, predicted.sigma)
 
+    @property
+    def joint_names(self) -> tuple[str, ...]:
+        """Of the body."""
+        return tuple(self._body().joint_names)
+
     def joints(self, pose: Tensor, betas: Tensor) -> Tensor:
         """Rotations (B, 24, 3, 3) and shape (B, S) -> joints (B, J, 3) metres, root at the
         origin."""
-        return self._posed(pose, betas)[0]
+        return self.posed(pose, betas)[0]
+
+    def posed(
+        self, pose: Tensor, betas: Tensor, vertices: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Joints as :meth:`joints`, and vertices (B, V, 3) where wanted."""
+        body = self._body()
+        joints, mesh = body(betas, pose, vertices)
+        root = joints[:, list(root_joints(body.joint_names))].mean(1, keepdim=True)
+        if vertices and mesh is None:
+            raise ValueError("vertices: expected a body with vertices")
+        return joints - root, None if mesh is None else mesh - root
 
     def translation(self, predicted: Regressed, persons: PersonBatch) -> Tensor:
         """The root (B, 3) metres in the camera that the head means: CLIFF's is that of the image;
@@ -315,10 +342,10 @@ class POCO(PretrainedModel):
             pose = torch.cat([pose, others], 1) if include_mode else others
         betas = predicted.betas[:, None].expand(-1, num_samples, -1)
         shape = (len(persons), num_samples)
-        joints, mesh = self._posed(pose.flatten(0, 1), betas.flatten(0, 1), vertices)
+        joints, mesh = self.posed(pose.flatten(0, 1), betas.flatten(0, 1), vertices)
         return Hypotheses(
             joints_3d=joints.unflatten(0, shape),
-            joint_names=self._body().joint_names,
+            joint_names=self.joint_names,
             vertices=None if mesh is None else mesh.unflatten(0, shape),
             uncertainty=self.joint_uncertainty(predicted),
         )
@@ -328,7 +355,7 @@ class POCO(PretrainedModel):
     def joint_uncertainty(self, predicted: POCOPrediction) -> Tensor:
         """(B, J), 0 to 1 for sigmoid scales: :func:`chain_uncertainty` of the part of each of the
         body's joints."""
-        parts = [_part_of(name) for name in self._body().joint_names]
+        parts = [_part_of(name) for name in self.joint_names]
         return chain_uncertainty(predicted.part_uncertainty)[:, parts]
 
     def whole_body_uncertainty(self, predicted: POCOPrediction) -> Tensor:
@@ -368,7 +395,7 @@ class POCO(PretrainedModel):
             body_pose=predicted.pose[:, 1:],
             betas=predicted.betas,
             vertices=None,
-            joint_names=self._body().joint_names,
+            joint_names=self.joint_names,
         )
         return told[keep], keep
 
@@ -410,9 +437,9 @@ class POCO(PretrainedModel):
         return load(cls, checkpoint, body, backbone, changes)
 
     def saved_state(self) -> dict[str, Tensor]:
-        """All but the body, and the backbone unless ``save_backbone``."""
-        out = ("body.",) if self.config.save_backbone else ("body.", "backbone.")
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(out)}
+        """All but the body and the backbone, which are not the model's own."""
+        own = self.state_dict().items()
+        return {k: v for k, v in own if not k.startswith(("body.", "backbone."))}
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -424,16 +451,6 @@ class POCO(PretrainedModel):
         if self.body is None:
             raise ValueError("body: expected one to pose, got None")
         return self.body
-
-    def _posed(
-        self, pose: Tensor, betas: Tensor, vertices: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        body = self._body()
-        joints, mesh = body(betas, pose, vertices)
-        root = joints[:, list(root_joints(body.joint_names))].mean(1, keepdim=True)
-        if vertices and mesh is None:
-            raise ValueError("vertices: expected a body with vertices")
-        return joints - root, None if mesh is None else mesh - root
 
     def _box(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Middle (B, 2) and side (B,) of the box."""
