@@ -278,6 +278,7 @@ def self_improve(
     source = WithPseudoTruth(recipe.source, pseudo, share)
     again = POCORecipe(config, source, recipe.model.body, recipe.model.backbone)
     again.model.load_state_dict(recipe.model.state_dict())
+    again.train()  # the backbone, too
     trained = run(again, Path(out_dir), progress=progress)
     assert isinstance(trained, POCO)
     return trained, kept
