@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -91,7 +92,7 @@ class PretrainedModel(nn.Module):
                 setting, or a tensor is missing, unknown or of the wrong shape; names it.
         """
         folder = Path(path)
-        values = read_config(folder)
+        values = read_json(folder / CONFIG_NAME)
         name = values.pop("model", None)
         if name != cls.__name__:
             raise ValueError(f"{folder / CONFIG_NAME}: expected a {cls.__name__}, got {name!r}")
@@ -99,22 +100,34 @@ class PretrainedModel(nn.Module):
             model = cls(config_from(cls.Config, values), **modules)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-        weights = folder / WEIGHTS_NAME
+        model.load_weights(folder)
+        return model.to(device).eval()
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Take the weights that :meth:`save_pretrained` wrote into a folder.
+
+        Raises:
+            ValueError: the file is missing or unreadable, or a tensor is missing, unknown or of
+                the wrong shape; names it.
+        """
+        weights = Path(path) / WEIGHTS_NAME
         try:
             tensors = load_file(str(weights))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{weights}: not a readable safetensors file: {error}") from error
-        load_exactly(model, tensors, str(weights), model.saved_state())
-        return model.to(device).eval()
+        load_exactly(self, tensors, str(weights), self.saved_state())
 
     def saved_state(self) -> dict[str, Tensor]:
         """The part of the state dict that is saved: all of it, unless a subclass says otherwise."""
         return self.state_dict()
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a folder."""
-    path = folder / CONFIG_NAME
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or is no object.
+    """
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -128,9 +141,10 @@ def config_from(kind: Any, values: Mapping[str, Any]) -> Any:
     """A dataclass from parsed JSON: lists become tuples, nested objects nested dataclasses.
 
     Raises:
-        ValueError: an unknown setting; names it.
+        ValueError: an unknown setting, or one of another type; names it.
     """
     known = {field.name: field for field in fields(kind)}
+    hints = get_type_hints(kind)
     settings: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -140,8 +154,36 @@ def config_from(kind: Any, values: Mapping[str, Any]) -> Any:
             if not (isinstance(factory, type) and is_dataclass(factory)):
                 raise ValueError(f"{name}: expected no object, got {value!r}")
             value = config_from(factory, value)
-        settings[name] = tuple(value) if isinstance(value, list) else value
+        value = _tuples(value)
+        if not _is_a(value, hints[name]):
+            expected = getattr(hints[name], "__name__", str(hints[name]))
+            expected = str(hints[name]) if get_origin(hints[name]) else expected
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        settings[name] = value
     return kind(**settings)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the type that a field of a configuration is declared with."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_is_a(item, inner[0]) for item in value)
+        return len(value) == len(inner) and all(map(_is_a, value, inner))
+    if hint in (int, float):
+        number = (int,) if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def load_exactly(
