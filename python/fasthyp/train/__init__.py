@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fasthyp.train.recipe import Recipe, RecipeConfig, run
 
 SYSTEMS = {
+    "poco": "fasthyp.train.poco:POCORecipe",
+    "propose": "fasthyp.train.propose:ProPoseRecipe",
     "regression": "fasthyp.train.regression:RegressionRecipe",
 }
 """Recipes by name, for ``fasthyp train``: the module and the class in it."""

@@ -80,7 +80,7 @@ class POCORecipeConfig(RecipeConfig):
         """For minutes on one processor, on the Gaussians of Human3.6M's joints: the released
         objective, from scratch, of residuals with their sign, so that they can be drawn."""
         settings: dict[str, Any] = {
-            **{"steps": 9000, "pretrain_steps": 3000, "joint_steps": 4500, "batch_size": 256},
+            **{"steps": 4000, "pretrain_steps": 1000, "joint_steps": 2200, "batch_size": 128},
             **{"learning_rate": 1e-3, "schedule": "cosine", "clip_norm": 10.0},
             **{"objective": "code", "conditioned": 0.125},
             "model": POCOConfig.small(trunk_inputs=6 * len(H36M17_JOINTS)),

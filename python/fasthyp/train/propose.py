@@ -77,7 +77,7 @@ class ProPoseRecipeConfig(RecipeConfig):
     @classmethod
     def small(cls, **changes: Any) -> ProPoseRecipeConfig:
         """For minutes on one processor."""
-        settings = {"steps": 8000, "validate_every": 1000, "model": ProPoseConfig.small()}
+        settings = {"steps": 4000, "model": ProPoseConfig.small()}
         return cls(**{**settings, **changes})
 
 
