@@ -101,7 +101,7 @@ class ProPoseRecipe(Recipe):
         self.model = ProPose(config.model)
         persons = source.sample(_STANDARDISATION_PERSONS, _STANDARDISATION_SEED, "train")
         self.model.fit_standardisation(self._truth(persons))
-        self.weights = PROPOSE_WEIGHTS
+        self.weights = dict(PROPOSE_WEIGHTS)  # pickled for several processes
 
     @property
     def phase(self) -> int:
