@@ -233,18 +233,12 @@ class POCO(PretrainedModel):
         shown = found.pose
         if conditioned is not None:
             if truth is None:
-                raise ValueError(
-                    "truth: expected a tensor (B, 24, 3, 3) where some are conditioned"
-                )
+                raise ValueError("truth: expected (B, 24, 3, 3) for conditioned persons, got None")
             shown = torch.where(conditioned.bool()[:, None, None, None], truth, shown)
         sigma = self.scale(found.features, shown)
         return POCOPrediction(found.pose, found.betas, found.camera, found.features, sigma)
 
-    def predict(
-        self,
-        persons: PersonBatch,
-        conditioned: Tensor | None = None,
-    ) -> POCOPrediction:
+    def predict(self, persons: PersonBatch, conditioned: Tensor | None = None) -> POCOPrediction:
         """:meth:`forward` of persons with ``features``; for CLIFF with ``focal_length`` and
         ``centre``, for ``conditioned`` ones with their rotations."""
         (features,) = persons.need("features")
@@ -322,8 +316,7 @@ class POCO(PretrainedModel):
         ``theta + sigma * residual`` with residuals of the error density, each matrix then turned
         into the nearest rotation. The code's density of absolute residuals cannot be drawn from.
 
-        ``uncertainty`` (B, J) of a joint is that of its part, summed along the skeleton and
-        divided by the number of parts in the sum.
+        ``uncertainty`` is :meth:`joint_uncertainty`.
 
         Raises:
             ValueError: no body, something of the persons is missing, or more than one hypothesis
@@ -353,10 +346,10 @@ class POCO(PretrainedModel):
     # -- how sure it is ----------------------------------------------------------------------
 
     def joint_uncertainty(self, predicted: POCOPrediction) -> Tensor:
-        """(B, J), 0 to 1 for sigmoid scales: :func:`chain_uncertainty` of the part of each of the
-        body's joints."""
+        """(B, J), the part's of each of the body's joints, summed along the skeleton
+        (:func:`fasthyp.metrics.kinematic_uncertainty`): what a joint's place depends on."""
         parts = [_part_of(name) for name in self.joint_names]
-        return chain_uncertainty(predicted.part_uncertainty)[:, parts]
+        return kinematic_uncertainty(predicted.part_uncertainty)[:, parts]
 
     def whole_body_uncertainty(self, predicted: POCOPrediction) -> Tensor:
         """(B,): one uncertainty for each person, see ``POCOConfig.whole_body``."""
