@@ -91,6 +91,8 @@ class POCORecipeConfig(RecipeConfig):
 class POCORecipe(Recipe):
     """How :class:`fasthyp.models.POCO` is trained.
 
+    Of several processes each has the batch norm (PARE's, the trunk's) of its own share of a batch.
+
     Args:
         config: a :class:`POCORecipeConfig`.
         source: of persons with rotations, shape, 2D joints and a camera.

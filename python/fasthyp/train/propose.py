@@ -86,7 +86,8 @@ class ProPoseRecipe(Recipe):
     algorithm leaves out.
 
     In the first phase encoder and decoder of 3D poses learn, and the discriminator against them;
-    in the second the autoencoder of 2D poses and the flow.
+    in the second the autoencoder of 2D poses and the flow. Of several processes each takes the
+    pulling-away term of its own share of a batch; all else is as of one process.
     """
 
     Config = ProPoseRecipeConfig
