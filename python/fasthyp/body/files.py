@@ -16,8 +16,8 @@ from typing import IO, Any
 import numpy as np
 
 from fasthyp._files import replacing
+from fasthyp._unpickling import SparseMatrix, UnreadableFile, read_pickle
 from fasthyp.body.errors import ModelFileError
-from fasthyp.body.unpickling import SparseMatrix, read_pickle
 
 MAX_FILE_BYTES = 1 << 30
 """No model file comes near a gigabyte; larger ones are refused unread."""
@@ -34,11 +34,11 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything in a model file that is an array.
 
     Args:
-        path: a ``.pkl`` (read without being run, see :mod:`fasthyp.body.unpickling`), ``.npz``,
+        path: a ``.pkl`` (read without being run, see :mod:`fasthyp._unpickling`), ``.npz``,
             ``.npy`` or ``.safetensors`` file.
 
     Returns:
-        Name to NumPy array or :class:`~fasthyp.body.unpickling.SparseMatrix`; the array of an
+        Name to NumPy array or :class:`~fasthyp._unpickling.SparseMatrix`; the array of an
         ``.npy`` file and of a pickle that is one array has the empty name.
 
     Raises:
@@ -56,13 +56,16 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ModelFileError(f"{file}: refused, {size} bytes are more than any model has")
     name = str(file)
     if file.suffix == ".npz":
-        return dict(read_npz(file))
+        return dict(_read_npz(file))
     data = file.read_bytes()
     if file.suffix == ".safetensors":
         return _read_safetensors(data, name)
     if file.suffix == ".npy":
         return {"": _read_npy(data, name)}
-    value = read_pickle(data, name)
+    try:
+        value = read_pickle(data, name)
+    except UnreadableFile as error:
+        raise ModelFileError(str(error)) from None
     if not isinstance(value, dict):
         value = {"": value}
     return {k: v for k, v in value.items() if isinstance(v, np.ndarray | SparseMatrix)}
@@ -87,12 +90,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
         save_file(plain, temporary)
 
 
-def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
-    """Names and arrays of an ``.npz`` file; elements of other kinds than these are passed over.
-
-    Raises:
-        ModelFileError: the file is damaged, or refused.
-    """
+def _read_npz(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -104,7 +102,7 @@ def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as stream:
-                    value = _read_member(stream, member.file_size, f"{file}: {name}", kinds)
+                    value = _read_member(stream, member.file_size, f"{file}: {name}")
                 if value is not None:
                     yield name, value
     except ModelFileError:
@@ -115,10 +113,10 @@ def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _read_member(stream: IO[bytes], size: int, name: str, kinds: str) -> np.ndarray | None:
+def _read_member(stream: IO[bytes], size: int, name: str) -> np.ndarray | None:
     dtype, fortran, shape, start = _npy_header(stream, name)
-    if dtype.hasobject or dtype.kind not in kinds:
-        return None  # objects are never read
+    if dtype.hasobject or dtype.kind not in "biuf":
+        return None  # joint names and the like: nothing here needs them, and objects are not read
     _check_bytes(dtype, shape, size - start, name)
     # One byte more than announced would be a lie about the size; it is never unpacked.
     return _shaped(stream.read(size - start), dtype, fortran, shape, name)

@@ -28,9 +28,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-evaluate_app = typer.Typer(help="Evaluate a model.")
-app.add_typer(evaluate_app, name="evaluate")
-
 _SYSTEMS = ("lifting", *SYSTEMS)
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer may carry its own copy of click
@@ -63,6 +60,16 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="cmu, persons, h36m, wehrbein, 3dhp, 3dpw, emdb or hmr.", show_default="found out"
+    ),
+]
+DataOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-O", metavar="NAME=VALUE", help="Of the data set's reader."),
+]
 Data = Annotated[Path, typer.Option(help="CMU motion capture poses, .npz.")]
 
 
@@ -118,7 +125,8 @@ def sample(
             metavar="INPUT",
             help=".npz with heatmaps (P,J,H,W) or (J,H,W), .npy of the same, or .npz with "
             "keypoints (P,J,2), covariances (P,J,2,2) and, if known, amplitudes (P,J) and "
-            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears.",
+            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears. With "
+            "--shard-size any data set.",
         ),
     ],
     num_samples: NumSamples = 1000,
@@ -140,6 +148,12 @@ def sample(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Persons at a time; changes no hypothesis.")
     ] = 16,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a folder, --out, of files of so many persons each."),
+    ] = None,
+    format: DataFormat = None,
+    option: DataOptions = None,
     as_json: Json = False,
 ) -> None:
     """Hypotheses of the 3D poses of persons, from the heatmaps of a 2D pose detector.
@@ -148,7 +162,32 @@ def sample(
     y down, z away from the camera: `hypotheses` (P,M,13,3), `log_prob` (P,M) in nats, `mode`
     (P,13,3), `covariance` (P,13,3,3) of the hypotheses, `std` (P,13) = sqrt(trace(covariance)), the
     Gaussians in `fit_*` (cells of the heatmap), `joint_names`, `seed`, `model` and `version`.
+
+    With `--shard-size` the output is a folder, for any number of persons: files are read as they
+    are needed, complete shards of an earlier run are kept, and processes that
+    `torchrun --nproc-per-node N -m fasthyp sample ...` starts, on one machine or several, share the
+    shards. Each holds `hypotheses` (n,M,J,3), the mode first, `log_prob`, `joint_names`, `first`.
     """
+    if shard_size is not None:
+        from fasthyp.cli._shards import run as run_sharded
+
+        if plot is not None or person is not None:
+            raise ValueError("--shard-size: expected no --plot and no --person with it")
+        run_sharded(
+            *(input, out, str(model or "lifting")),
+            format=format,
+            options=option or [],
+            num_samples=num_samples,
+            seed=seed,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            device=device.value,
+            precision=precision.value,
+            as_json=as_json,
+        )
+        return
+    if format is not None or option:
+        raise ValueError("--format and --option: expected --shard-size with them")
     from fasthyp.cli._sample import run
 
     run(
@@ -237,10 +276,10 @@ def doctor(as_json: Json = False) -> None:
 )
 def train(
     system: Annotated[str, typer.Argument(metavar="SYSTEM", help=", ".join(_SYSTEMS))],
-    data: Annotated[Path, typer.Option(help="CMU motion capture poses, or persons; .npz.")],
+    data: Annotated[Path, typer.Option(help="CMU motion capture poses, or a data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, checkpoints and curves.")],
     validation: Annotated[
-        Path | None, typer.Option(help="Persons to validate on, where --data has persons.")
+        Path | None, typer.Option(help="Data set to validate on, where --data is one.")
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Recipe, .json; unset keys: defaults.")
@@ -257,9 +296,9 @@ def train(
 ) -> None:
     from fasthyp.cli._train import run
 
-    changes = {
-        name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None
-    }
+    if system not in _SYSTEMS:
+        raise ValueError(f"system: expected one of {', '.join(_SYSTEMS)}, got {system!r}")
+    changes = {"steps": steps, "seed": seed}
     run(
         *(system, data, out),
         validation=validation,
@@ -284,6 +323,13 @@ def simulate(
     out: Annotated[Path, typer.Option("--out", "-o", help="What to write, .npz.")] = Path(
         "persons.npz"
     ),
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="train, validation or test of CMU poses, by subject and without glitches.",
+            show_default="all poses, as one person's",
+        ),
+    ] = None,
     detector: Annotated[
         str, typer.Option(help="Joints: h36m17, mpii16, coco13 or coco17.")
     ] = "h36m17",
@@ -297,40 +343,51 @@ def simulate(
     """
     from fasthyp.cli._train import simulate as run
 
-    run(poses, out, detector=detector, heatmaps=heatmaps, seed=seed)
+    run(poses, out, part, detector=detector, heatmaps=heatmaps, seed=seed)
 
 
-@evaluate_app.command("lifting")
-def evaluate_lifting_command(
-    data: Data,
-    model: Model = None,
-    num_samples: NumSamples = 200,
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a trained model, or `lifting` for the bundled one."
+        ),
+    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="File or folder of a data set.")],
+    format: DataFormat = None,
+    option: DataOptions = None,
+    num_samples: Annotated[
+        str, typer.Option("--num-samples", "-n", help="For each M the best of M hypotheses.")
+    ] = "1,10,200,1000",
+    joints: Annotated[
+        str | None,
+        typer.Option(help="Names of joints to compare.", show_default="all that both have"),
+    ] = None,
     seed: Seed = 0,
-    precision: InPrecision = Precision.highest,
+    device: OnDevice = Device.cpu,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most persons at a time.")] = 64,
     as_json: Json = False,
 ) -> None:
-    """Errors, likelihood and calibration on the held-out clips, beside two baselines."""
-    from fasthyp.cli._sample import load_model, progress_bar
-    from fasthyp.train.evaluation import evaluate_lifting
+    """Errors, scores, spread and calibration of a model's hypotheses on a data set.
 
-    network = load_model(model)
-    with progress_bar("persons", None) as advance:
-        done = 0
+    Under `torchrun --nproc-per-node N -m fasthyp evaluate ...` the processes share the persons; the
+    figures stay the same.
+    """
+    from fasthyp.cli._evaluate import run
 
-        def report(now: int, total: int) -> None:
-            nonlocal done
-            advance(now - done, total)
-            done = now
-
-        result = evaluate_lifting(
-            network, data, num_samples, seed=seed, precision=precision.value, progress=report
-        )
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:.3g}" for k, v in value.items())
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
+    try:
+        numbers = [int(number) for number in num_samples.split(",")]
+    except ValueError:
+        raise ValueError(f"--num-samples: expected numbers, got {num_samples!r}") from None
+    run(
+        *(model, data),
+        format=format,
+        options=option or [],
+        num_samples=numbers,
+        joints=joints.split(",") if joints else None,
+        seed=seed,
+        device=device.value,
+        batch_size=batch_size,
+        as_json=as_json,
+    )

@@ -87,22 +87,29 @@ def _set(values: dict[str, Any], setting: str) -> None:
     values[names[-1]] = value
 
 
-def simulate(poses: Path, out: Path, detector: str, heatmaps: bool, seed: int) -> None:
+def simulate(
+    poses: Path, out: Path, part: str | None, detector: str, heatmaps: bool, seed: int
+) -> None:
     """Simulate persons; see the command."""
     from fasthyp.body.files import load_arrays
-    from fasthyp.data import simulate_persons
+    from fasthyp.data import load_cmu, simulate_persons
+    from fasthyp.data.readers import save_persons
 
-    if poses.suffix != ".npz":
-        raise ValueError(f"{poses}: expected a file that ends in .npz")
-    array = load_arrays(poses).get("poses_mm")
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{poses}: expected an array poses_mm (N, 17, 3)")
-    if out.suffix != ".npz":
-        raise ValueError(f"{out}: expected a file name that ends in .npz")
-    try:
+    for path in (poses, out):
+        if path.suffix != ".npz":
+            raise ValueError(f"{path}: expected a file name that ends in .npz")
+    if part is not None:
+        captured = load_cmu(poses, part, "h36m17")
+        metres, subject, groups = captured.poses, captured.subject, list(captured.clip)
+    else:
+        array = load_arrays(poses).get("poses_mm")
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{poses}: expected an array poses_mm (N, 17, 3)")
         metres = torch.from_numpy(array.astype(np.float32)) / 1000
-        persons = simulate_persons(metres, seed, detector, heatmaps=heatmaps)
+        subject, groups = None, None
+    try:
+        persons = simulate_persons(metres, seed, detector, heatmaps=heatmaps, subject=subject)
     except ValueError as error:
         raise ValueError(f"{poses}: {error}") from error
-    persons.save(out)
+    save_persons(out, persons, groups)
     print(f"wrote {out}: {len(persons)} persons")

@@ -92,13 +92,13 @@ class PretrainedModel(nn.Module):
                 setting, or a tensor is missing, unknown or of the wrong shape; names it.
         """
         folder = Path(path)
-        values = read_json(folder / CONFIG_NAME)
+        values = read_config(folder)
         name = values.pop("model", None)
         if name != cls.__name__:
             raise ValueError(f"{folder / CONFIG_NAME}: expected a {cls.__name__}, got {name!r}")
         try:
             model = cls(config_from(cls.Config, values), **modules)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # the last of sizes below zero
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
         model.load_weights(folder)
         return model.to(device).eval()
@@ -120,6 +120,11 @@ class PretrainedModel(nn.Module):
     def saved_state(self) -> dict[str, Tensor]:
         """The part of the state dict that is saved: all of it, unless a subclass says otherwise."""
         return self.state_dict()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The parsed ``config.json`` of a folder; errors as :func:`read_json`."""
+    return read_json(folder / CONFIG_NAME)
 
 
 def read_json(path: Path) -> dict[str, Any]:
