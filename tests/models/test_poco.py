@@ -297,6 +297,8 @@ def test_hypotheses(head: str) -> None:
     )
     without = net.hypotheses(batch, 5, seed=3, include_mode=False)
     torch.testing.assert_close(without.joints_3d, found.joints_3d[:, 1:])
+    last = net.hypotheses(batch[2:], 3, seed=3, image_offset=2, precision="highest")
+    torch.testing.assert_close(last.joints_3d, fewer.joints_3d[2:], atol=1e-3, rtol=0)
     # Bones keep their lengths: hypotheses are bodies.
     thigh = (found.joints_3d[:, :, 2] - found.joints_3d[:, :, 1]).norm(dim=-1)
     torch.testing.assert_close(thigh, thigh[:, :1].expand(-1, 6))

@@ -147,6 +147,8 @@ def test_hypotheses(model: ProPose) -> None:
     # Each person for itself: the first two of four are as alone.
     alone = model.hypotheses(persons()[:2], 3, seed=3).joints_3d
     torch.testing.assert_close(alone, fewer[:2])
+    last = model.hypotheses(persons()[2:], 3, seed=3, image_offset=2, precision="highest")
+    torch.testing.assert_close(last.joints_3d, fewer[2:], atol=1e-3, rtol=0)
 
 
 def test_each_part_learns_in_one_phase_alone(model: ProPose) -> None:

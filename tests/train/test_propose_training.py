@@ -92,14 +92,12 @@ def test_terms_of_the_second_phase() -> None:
 
 
 def test_the_bidirectional_loss_is_skipped_in_a_share_of_batches() -> None:
-    made, seen = recipe(skip=0.7), 0
-    persons = batch()
-    for step in range(200):
+    made, persons = recipe(skip=0.7), batch()
+    seen = 0
+    for step in range(40):
         made._begin(step * 7919, slice(None))
-        made.normal(6)
-        generator = torch.Generator().manual_seed(made.new_seed())
-        seen += float(torch.rand((), generator=generator)) >= 0.7
-    assert 40 < seen < 80
+        seen += "bidirectional" in made.phase_1(persons)[0]
+    assert 5 < seen < 20  # 12 expected
     assert "bidirectional" not in recipe(skip=1.0).phase_1(persons)[0]
     plain, discriminated = recipe(adversarial=False, skip=1.0).phase_1(persons)
     assert {*plain} == {"recon_3d"}
@@ -133,28 +131,17 @@ def test_each_phase_changes_its_own_parts(tmp_path: Path) -> None:
 
 
 def test_training_and_resuming(tmp_path: Path) -> None:
-    whole = run(recipe(), tmp_path / "whole", progress=False)
-    run(recipe(steps=4), tmp_path / "part", progress=False)
-    again = run(recipe(), tmp_path / "part", resume=True, progress=False)
-    last = [
-        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
-        for name in ("whole", "part")
-    ]
-    # The learning rate depends on the number of steps, so the shorter run's first half differs;
-    # a constant one is compared below.
-    assert last[0].keys() == last[1].keys()
-    assert isinstance(whole, ProPose)
-    assert isinstance(again, ProPose)
     options = {"schedule": "constant"}
     whole = run(recipe(**options), tmp_path / "a", progress=False)
     run(recipe(steps=4, **options), tmp_path / "b", progress=False)
     again = run(recipe(**options), tmp_path / "b", resume=True, progress=False)
+    assert isinstance(whole, ProPose)
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     persons = source().sample(3, 0, "test")
     loaded = ProPose.from_pretrained(tmp_path / "a" / "model")
     found = loaded.hypotheses(persons, 3).joints_3d
-    assert torch.equal(found, whole.hypotheses(persons, 3).joints_3d)  # type: ignore[operator]
+    assert torch.equal(found, whole.hypotheses(persons, 3).joints_3d)
 
 
 def test_persons_of_other_joints_are_refused() -> None:

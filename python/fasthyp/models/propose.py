@@ -237,8 +237,11 @@ class ProPose(PretrainedModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
+        precision: str = "high",
     ) -> Hypotheses:
-        """Hypotheses of persons with ``mean``. They have no density: the decoder is not invertible.
+        """Hypotheses of persons with ``mean``, see :class:`fasthyp.models.Hypothesiser`. They have
+        no density: the decoder is not invertible.
 
         Raises:
             ValueError: the persons lack their 2D pose, or vertices are asked for.
@@ -246,7 +249,9 @@ class ProPose(PretrainedModel):
         if vertices:
             raise ValueError("vertices: expected False, as the model has no body")
         pose_2d = self.pose_2d(persons)
-        latent = self.sample_latents(pose_2d, num_samples, seed, include_mode)
+        latent = self.sample_latents(
+            pose_2d, num_samples, seed, include_mode, precision, image_offset
+        )
         return Hypotheses(self.decode(latent, pose_2d), self.config.joint_names)
 
     # -- parts -------------------------------------------------------------------------------

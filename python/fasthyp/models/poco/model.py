@@ -309,6 +309,8 @@ class POCO(PretrainedModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
+        precision: str = "high",
     ) -> Hypotheses:
         """The regressed body, and draws about it.
 
@@ -316,7 +318,8 @@ class POCO(PretrainedModel):
         ``theta + sigma * residual`` with residuals of the error density, each matrix then turned
         into the nearest rotation. The code's density of absolute residuals cannot be drawn from.
 
-        ``uncertainty`` is :meth:`joint_uncertainty`.
+        ``uncertainty`` is :meth:`joint_uncertainty`. Arguments as of
+        :class:`fasthyp.models.Hypothesiser`.
 
         Raises:
             ValueError: no body, something of the persons is missing, or more than one hypothesis
@@ -328,7 +331,7 @@ class POCO(PretrainedModel):
         pose = predicted.pose[:, None]
         drawn = num_samples - (1 if include_mode else 0)
         if drawn:
-            residual = self.density.draw(predicted.features, drawn, seed)
+            residual = self.density.draw(predicted.features, drawn, seed, image_offset, precision)
             sigma = predicted.sigma.reshape(len(persons), 1, PARTS, *predicted.sigma.shape[2:])
             sigma = sigma[..., None, None] if predicted.sigma.ndim == 2 else sigma
             others = nearest_rotation(pose + sigma * residual)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fasthyp.flows.realnvp import RealNVP, realnvp_masks
 from fasthyp.losses.residual import normalised_residual
 from fasthyp.models.poco.heads import PARTS
+from fasthyp.ops.coupling import philox_normal
 from fasthyp.sampling import SamplerCache
 
 POSE = 9 * PARTS
@@ -139,9 +140,16 @@ class ErrorDensity(nn.Module):
         rows = residual.mean((2, 3)) if self.dim == PARTS else residual.reshape(-1, 9)
         return self.flow.log_prob(rows, self._condition(features, len(rows))).view(len(pose), -1)
 
-    def draw(self, features: Tensor, number: int, seed: int = 0) -> Tensor:
-        """Residuals (B, number, 24, 3, 3) in units of sigma. One person's depend on the seed and
-        its place in the batch; a larger number keeps those of a smaller one.
+    def draw(
+        self,
+        features: Tensor,
+        number: int,
+        seed: int = 0,
+        image_offset: int = 0,
+        precision: str = "high",
+    ) -> Tensor:
+        """Residuals (B, number, 24, 3, 3) in units of sigma: a person's depend on the seed and the
+        person's number, the first of a batch being ``image_offset``, alone; more go on from fewer.
 
         Raises:
             ValueError: the density is of absolute residuals, or of the parts' mean ones.
@@ -149,17 +157,11 @@ class ErrorDensity(nn.Module):
         if self.absolute or self.dim != 9:
             what = "absolute" if self.absolute else "the parts' mean"
             raise ValueError(f"num_samples: expected 1, as {what} residuals say no pose; got more")
-        condition = self._condition(features, PARTS * len(features))
-        sampler = self._samplers.get(self.flow, "high")
-        if condition is None:
-            drawn = sampler(None, PARTS * len(features) * number, seed=seed)
-            assert isinstance(drawn, Tensor)
-            drawn = drawn.view(number, len(features), PARTS, 9).movedim(0, 1)
-        else:
-            drawn = sampler(condition, number, seed=seed)
-            assert isinstance(drawn, Tensor)
-            drawn = drawn.view(len(features), PARTS, number, 9).transpose(1, 2)
-        return drawn.unflatten(-1, (3, 3))
+        rows = PARTS * len(features)
+        noise = philox_normal(rows, number, 9, seed, PARTS * image_offset).to(features)
+        drawn = self._samplers.get(self.flow, precision)(self._condition(features, rows), z=noise)
+        assert isinstance(drawn, Tensor)
+        return drawn.view(len(features), PARTS, number, 3, 3).transpose(1, 2)
 
     def _condition(self, features: Tensor, rows: int) -> Tensor | None:
         if self.condition is None:
