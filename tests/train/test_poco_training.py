@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
 from fasthyp.data import PersonBatch
 from fasthyp.losses import POCO_CLIFF_WEIGHTS, normalised_residual
@@ -178,25 +181,19 @@ def test_self_improvement(tmp_path: Path) -> None:
 
 
 def test_a_share_of_a_batch_has_pseudo_truth() -> None:
+    def features(persons: PersonBatch) -> Tensor:
+        return persons.need("features")[0]
+
     pseudo = source().sample(5, 9, "test")
     mixed = WithPseudoTruth(source(), pseudo, 0.25)
-    found = mixed.sample(8, 3, "train")
-    known = source().sample(6, 3, "train")
-    assert found.betas is not None
-    assert known.betas is not None
-    assert pseudo.betas is not None
-    assert torch.equal(found.betas[:6], known.betas)
-    assert all((row == pseudo.betas).all(1).any() for row in found.betas[6:])
-    again, other = mixed.sample(8, 3, "train").betas, mixed.sample(8, 4, "train").betas
-    assert again is not None
-    assert other is not None
-    assert torch.equal(again, found.betas)
-    assert not torch.equal(other[6:], found.betas[6:])
-    held_out = mixed.sample(8, 3, "validation").betas
-    expected = source().sample(8, 3, "validation").betas
-    assert held_out is not None
-    assert expected is not None
-    assert torch.equal(held_out, expected)
+    found = features(mixed.sample(8, 3, "train"))
+    assert torch.equal(found[:6], features(source().sample(6, 3, "train")))
+    assert all((row == features(pseudo)).all(1).any() for row in found[6:])
+    assert torch.equal(features(mixed.sample(8, 3, "train")), found)
+    others = [features(mixed.sample(8, seed, "train"))[6:] for seed in range(4, 9)]
+    assert not all(torch.equal(rows, found[6:]) for rows in others)
+    held_out = features(mixed.sample(8, 3, "validation"))
+    assert torch.equal(held_out, features(source().sample(8, 3, "validation")))
     with pytest.raises(ValueError, match="share, pseudo"):
         WithPseudoTruth(source(), pseudo, 1.5)
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("lightning", reason="training needs the extra 'train'")
+
 from fasthyp.data import PersonBatch
 from fasthyp.models import ProPose, ProPoseConfig
 from fasthyp.train.propose import ProPoseRecipe, ProPoseRecipeConfig
