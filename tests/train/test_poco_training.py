@@ -23,7 +23,6 @@ from tests.simulated import source, stick
 MODEL = POCOConfig(
     **{"features": 16, "hidden": 16, "dropout": 0.0, "scale_hidden": 12, "condition": 8},  # type: ignore[arg-type]
     flow_hidden=10,
-    trunk_inputs=102,
 )
 
 
@@ -99,6 +98,23 @@ def test_terms_of_equation_6() -> None:
     torch.testing.assert_close(terms["residual"], expected)
     assert "pose" not in terms
     assert made.weights["residual"] == 60
+
+
+@pytest.mark.parametrize("sigma_dim", [1, 9])
+def test_the_likelihood_is_that_of_the_residual(sigma_dim: int) -> None:
+    """Of a change of variables with the scale: nine log sigma for a part of one sigma."""
+    model = replace(MODEL, sigma_dim=sigma_dim)
+    made, persons = recipe(step=2, objective="likelihood", conditioned=0.0, model=model), batch()
+    made.model.eval()
+    predicted, truth = made.model.predict(persons), rotations(persons)
+    sigma = predicted.sigma.reshape(8, 24, sigma_dim).expand(-1, -1, 9)
+    density = made.model.log_prob(predicted, truth) - sigma.log().sum(-1)
+    terms = made.losses(persons)
+    torch.testing.assert_close(terms["flow"], -density.mean() / 9)
+    torch.testing.assert_close(terms["pose"], (predicted.pose - truth).square().mean())
+    found = made.validate(persons)
+    torch.testing.assert_close(found["nll"], -density.mean(1) / 9)
+    assert {*found} == {"mode_mm", "best_mm", "mean_mm", "uncertainty", "nll"}
 
 
 def test_the_stages_train_what_they_should() -> None:
@@ -210,7 +226,9 @@ def test_bad_settings(changes: dict[str, Any], message: str) -> None:
         config(**changes)
 
 
-def test_the_small_configuration() -> None:
-    small = POCORecipeConfig.small(steps=7)
-    assert small.steps == 7
-    assert small.model.trunk_inputs == 102
+def test_features_of_another_width_pass_through_a_trunk() -> None:
+    made = POCORecipe(POCORecipeConfig.small(steps=7), source())
+    assert made.config.steps == 7
+    assert made.model.config.trunk_inputs == 102
+    with_own = POCORecipe(config(), source(), backbone=torch.nn.Linear(102, 16))
+    assert with_own.model.trunk is None
