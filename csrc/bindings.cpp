@@ -487,18 +487,23 @@ skinning::Model skinning_model(const std::array<std::int64_t, 6>& sizes,
           pointer<const void>(arrays[11])};
 }
 
-// inputs: betas, pose, transl, and how far one body lies from the next. results: out, joints, or
-// backward their gradients. grads: by betas, pose and transl; given in the backward pass alone.
-// device < 0: the CPU, on `threads_or_stream` threads; else that CUDA device, on that stream.
+// inputs: betas, pose, transl, camera, and how far one body lies from the next. results: out,
+// joints and projected, or backward their gradients; out is then what was found. grads: by the
+// inputs; given in the backward pass alone. device < 0: the CPU, on `threads_or_stream` threads;
+// else that CUDA device, on that stream.
 void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Address, 12>& arrays,
-                  std::int64_t bodies, const std::array<Address, 3>& inputs,
-                  const std::array<std::int64_t, 3>& strides, int rotation,
-                  const std::array<Address, 2>& results, bool backward,
-                  const std::array<Address, 3>& grads, Address workspace, int device,
+                  std::int64_t bodies, const std::array<Address, 4>& inputs,
+                  const std::array<std::int64_t, 4>& strides, int rotation, int camera_numbers,
+                  const std::array<Address, 3>& results, bool backward, Address out,
+                  const std::array<Address, 4>& grads, Address workspace, int device,
                   std::uintptr_t threads_or_stream) {
   if (rotation < 0 || rotation >= skinning::kRotations)
     throw std::invalid_argument("skinning: unknown rotations");
   if (bodies < 0) throw std::invalid_argument("skinning: negative number of bodies");
+  if (camera_numbers != 0 &&
+      ((camera_numbers != skinning::kWeak && camera_numbers != skinning::kPerspective) ||
+       !arrays[10]))
+    throw std::invalid_argument("skinning: unknown cameras, or outputs that are no sums");
   skinning::Call call{};
   call.model = skinning_model(sizes, arrays);
   call.bodies = bodies;
@@ -509,15 +514,22 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
   call.pose_stride = strides[1];
   call.transl_stride = strides[2];
   call.rotation = static_cast<skinning::Rotation>(rotation);
+  call.camera_numbers = camera_numbers;
+  call.camera = pointer<const void>(inputs[3]);
+  call.camera_stride = strides[3];
   if (backward) {
+    call.out = pointer<void>(out);
     call.out_grad = pointer<const void>(results[0]);
     call.joints_grad = pointer<const void>(results[1]);
+    call.projected_grad = pointer<const void>(results[2]);
+    call.camera_grad = pointer<void>(grads[3]);
     call.betas_grad = pointer<void>(grads[0]);
     call.pose_grad = pointer<void>(grads[1]);
     call.transl_grad = pointer<void>(grads[2]);
   } else {
     call.out = pointer<void>(results[0]);
     call.joints = pointer<void>(results[1]);
+    call.projected = pointer<void>(results[2]);
   }
   py::gil_scoped_release release;
   if (device < 0) {
@@ -536,8 +548,8 @@ void skinning_run(const std::array<std::int64_t, 6>& sizes, const std::array<Add
 #if defined(FASTHYP_WITH_CUDA)
 std::int64_t skinning_cuda_workspace(const std::array<std::int64_t, 6>& sizes,
                                      const std::array<Address, 12>& arrays, std::int64_t bodies,
-                                     bool backward) {
-  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies, backward);
+                                     bool backward, bool projected) {
+  return skinning::workspace_bytes_cuda(skinning_model(sizes, arrays), bodies, backward, projected);
 }
 #endif
 

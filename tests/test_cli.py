@@ -334,6 +334,64 @@ def test_train_and_evaluate_refuse(
     assert "joints_3d" in refused(capsys, "evaluate", str(model), "in.npz")
 
 
+def test_train_a_system(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning")
+    write_mocap(folder / "cmu.npz")
+    sizes = {"batch_size": 8, "validation_size": 16, "width": 8, "validate_every": 1}
+    Path("recipe.json").write_text(json.dumps({**sizes, "system": "regression"}))
+    train = ["train", "regression", "--data", "cmu.npz", "--out", "run"]
+    settings = ["--set", "learning_rate=0.5", "--set", "schedule=constant", "--seed", "3"]
+    assert main([*train, "--config", "recipe.json", *settings, "--steps", "1"]) == 0
+    assert capsys.readouterr().out == "wrote run/model\n"
+    config = json.loads(Path("run/config.json").read_text())
+    assert {**sizes, "learning_rate": 0.5, "seed": 3, "steps": 1}.items() <= config.items()
+    assert main([*train, "--resume", "--steps", "2"]) == 0
+    assert len(Path("run/metrics.csv").read_text().splitlines()) == 3
+    capsys.readouterr()
+
+    simulate = ["simulate", "cmu.npz", "--detector", "h36m17", "--seed", "5"]
+    assert main([*simulate, "--part", "test", "-o", "test.npz"]) == 0
+    assert capsys.readouterr().out == "wrote test.npz: 40 persons\n"
+    assert main([*simulate, "--heatmaps"]) == 0
+    with np.load("persons.npz") as persons:
+        assert persons["heatmaps"].shape == (160, 17, 64, 64)
+        assert persons["joint_names"].tolist() == persons["detector_names"].tolist()
+    assert main(["evaluate", "run/model", "test.npz", "-n", "1", "--json"]) == 0
+    capsys.readouterr()
+    stored = ["train", "regression", "--data", "test.npz", "--validation", "test.npz"]
+    assert main([*stored, "--out", "other", "--config", "recipe.json", "--steps", "1"]) == 0
+
+
+def test_train_a_system_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning")
+    write_mocap(folder / "cmu.npz")
+    train = ("train", "regression", "--data", "cmu.npz", "--out", "run")
+    assert "lifting, regression" in refused(capsys, "train", "foo", *train[2:])
+    assert "--data" in refused(capsys, "train", "regression", "--out", "run")
+    assert "--set: unknown setting stepz" in refused(capsys, *train, "--set", "stepz=3")
+    assert "steps: expected int" in refused(capsys, *train, "--set", "steps=many")
+    assert "expected KEY=VALUE" in refused(capsys, *train, "--set", "steps")
+    assert "steps has no parts" in refused(capsys, *train, "--set", "steps=1", "--set", "steps.a=1")
+    assert "multiple of 3" in refused(capsys, *train, "--devices", "3")
+    assert "config.json" in refused(capsys, *train, "--resume")
+    assert "17 joints" in refused(capsys, *train, "--validation", "cmu.npz")
+    assert "no such file" in refused(capsys, *train[:3], "none.npz", "--out", "run")
+    for text in ('{"stepz": 1}', '{"steps": "ten"}', '{"steps"', "[]", '{"system": "prohmr"}'):
+        Path("recipe.json").write_text(text)
+        assert "recipe.json" in refused(capsys, *train, "--config", "recipe.json")
+    assert "has no --devices" in refused(
+        capsys, "train", "lifting", "--data", "cmu.npz", "--out", "run", "--devices", "2"
+    )
+    assert not Path("run").exists()
+    assert "poses_mm" in refused(capsys, "simulate", "in.npz")
+    assert "detector" in refused(capsys, "simulate", "cmu.npz", "--detector", "coco")
+    assert "part" in refused(capsys, "simulate", "cmu.npz", "--part", "some")
+    assert ".npz" in refused(capsys, "simulate", "cmu.npz", "-o", "persons.pkl")
+    np.savez("flat.npz", poses_mm=np.zeros((3, 17, 2)))
+    assert "(N, 17, 3)" in refused(capsys, "simulate", "flat.npz")
+    assert not Path("persons.npz").exists()
+
+
 # --- the command itself ---
 
 
@@ -351,7 +409,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_is_quick_and_says_what_there_is() -> None:
     code = "import sys; from fasthyp.cli import main; main(['--help']); print(sorted(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    for command in ("sample", "demo", "info", "doctor", "train", "evaluate"):
+    for command in ("sample", "demo", "info", "doctor", "train", "evaluate", "simulate"):
         assert command in out.stdout
     assert "'torch'" not in out.stdout
     assert "'matplotlib'" not in out.stdout
@@ -359,7 +417,7 @@ def test_help_is_quick_and_says_what_there_is() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("sample",), ("demo",), ("info",), ("doctor",), ("train", "lifting"), ("evaluate",)],
+    [(), ("sample",), ("demo",), ("info",), ("doctor",), ("train",), ("simulate",), ("evaluate",)],
 )
 def test_every_command_has_help(
     command: tuple[str, ...], capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,7 @@ from fasthyp.models import Hypotheses
 from fasthyp.shards import Shards, read_manifest, sample_shards, shard_path
 from tests.synthetic import write_mocap
 
-N, M, SIZE = 23, 6, 5  # five shards, the last of three persons
+N, M, SIZE = 23, 60, 5  # five shards, the last of three persons
 
 
 class Noise:
@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_made_again(
     path = shard_path(folder, 1)
     raw = bytearray(path.read_bytes())
     if damage == "flipped":
-        raw[raw.index(b"hypotheses.npy") + 400] ^= 1  # a number of the hypotheses
+        raw[raw.index(b"hypotheses.npy") + 6000] ^= 1  # one of the last hypotheses
     elif damage == "truncated":
         raw = raw[:-30]
     elif damage == "empty":

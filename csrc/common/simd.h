@@ -68,23 +68,29 @@ FASTHYP_INLINE Vec<T> splat(T s) {
   return v;
 }
 
-// a * b + c, rounded once wherever the level has such an instruction.
+// a * b + c, rounded once wherever the level has such an instruction. Narrower vectors too.
 template <class V>
 FASTHYP_INLINE V fma(V a, V b, V c) {
+  [[maybe_unused]] constexpr bool single = sizeof(a[0]) == 4;
 #if FASTHYP_SIMD_BYTES == 64
-  if constexpr (std::is_same_v<V, Vec<float>>)
+  if constexpr (sizeof(V) == 64 && single)
     return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-  else
+  else if constexpr (sizeof(V) == 64)
     return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif FASTHYP_SIMD_BYTES == 32
-  if constexpr (std::is_same_v<V, Vec<float>>)
+#endif
+#if FASTHYP_SIMD_BYTES >= 32
+  if constexpr (sizeof(V) == 32 && single)
     return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-  else
+  else if constexpr (sizeof(V) == 32)
     return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  else if constexpr (sizeof(V) == 16 && single)
+    return (V)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+  else if constexpr (sizeof(V) == 16)
+    return (V)_mm_fmadd_pd((__m128d)a, (__m128d)b, (__m128d)c);
 #elif defined(__aarch64__)
   V r;
   for (std::size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i)
-    r[i] = sizeof(a[0]) == 4 ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
+    r[i] = single ? __builtin_fmaf(a[i], b[i], c[i]) : __builtin_fma(a[i], b[i], c[i]);
   return r;
 #else
   return a * b + c;

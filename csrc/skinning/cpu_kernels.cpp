@@ -1,11 +1,13 @@
 // Compiled once per SIMD level. Each lane of a vector holds another body; two vectors make a group.
 //
 // Points of a tile are first placed in the body at rest: a product of the group's features with the
-// tile's columns. A few bodies are multiplied with vectors over the columns instead. Both add in
-// the same order, so that a result does not depend on how many bodies there are.
+// tile's columns. For a few bodies there are vectors over the columns and over the coordinates of a
+// point instead. Both add in the same order, so that a result does not depend on how many bodies
+// there are.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "common/simd.h"
 #include "common/vmath.h"
@@ -301,45 +303,75 @@ void place_tile(const T* features, const std::int32_t* rows, const T* columns, i
                                      std::min(kChunk, count - k), sums + c * kGroup<T>);
 }
 
-// The same for the first kBodies lanes, by vectors over the columns.
-template <int kBodies, class T>
-void place_tile_of_few(const T* features, const std::int32_t* rows, const T* columns, int count,
-                       T* sums) {
+template <class T, int kCount>
+struct Short {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+  static FASTHYP_INLINE type read(const T* from) {
+    type v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+  }
+  static FASTHYP_INLINE type splat(T s) { return s - type{}; }  // GCC makes it one instruction
+};
+
+// sums (kTiles, kBodies, kColumns): the same for the first kBodies lanes, by vectors over the
+// columns. Several tiles at once are several streams from memory, whose speed is what counts here.
+// Features of zero, as those of joints at rest, are not read.
+template <int kBodies, int kTiles, class T>
+void place_tiles_of_few(const T* features, const Rows<T> (&r)[kTiles],
+                        T (*sums)[kBodies][kColumns]) {
   constexpr int kWidth = std::min(kLanes<T>, 8);
-  typedef T V __attribute__((vector_size(kWidth * sizeof(T))));
+  using S = Short<T, kWidth>;
   constexpr int kAcross = kColumns / kWidth;
   constexpr int kHalf = kAcross > 3 ? kAcross / 2 : kAcross;
-  const auto step = [](V a, V b, V c) __attribute__((always_inline)) {
-    if constexpr (std::is_same_v<V, Vec<T>>) {
-      return fma(a, b, c);
-    } else {
-#if FASTHYP_SIMD_BYTES == 64
-      return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-      return a * b + c;
-#endif
-    }
-  };
+  int common = r[0].count;
+  for (int t = 1; t < kTiles; ++t) common = std::min(common, r[t].count);
   for (int first = 0; first < kAcross; first += kHalf) {
-    V acc[kBodies][kHalf] = {};
-    const T* row = columns + first * kWidth;
-    for (int k = 0; k < count; ++k, row += kColumns) {
-      V w[kHalf];
-#pragma GCC unroll 6
-      for (int i = 0; i < kHalf; ++i) std::memcpy(&w[i], row + i * kWidth, sizeof(V));
+    typename S::type acc[kTiles][kBodies][kHalf] = {};
+    const auto add = [&](int t, int k) __attribute__((always_inline)) {
+      const T* x = features + r[t].features[k] * kGroup<T>;
+      const T* row = r[t].columns + k * kColumns + first * kWidth;
 #pragma GCC unroll 3
-      for (int b = 0; b < kBodies; ++b) {
-        V x;
-        for (int i = 0; i < kWidth; ++i) x[i] = features[rows[k] * kGroup<T> + b];
+      for (int b = 0; b < kBodies; ++b)
 #pragma GCC unroll 6
-        for (int i = 0; i < kHalf; ++i) acc[b][i] = step(w[i], x, acc[b][i]);
-      }
+        for (int i = 0; i < kHalf; ++i)
+          acc[t][b][i] = fma(S::read(row + i * kWidth), S::splat(x[b]), acc[t][b][i]);
+    };
+    const auto zero = [&](int t, int k) __attribute__((always_inline)) {
+      const T* x = features + r[t].features[k] * kGroup<T>;
+      bool all = true;
+#pragma GCC unroll 3
+      for (int b = 0; b < kBodies; ++b) all = all && x[b] == 0;
+      return all;
+    };
+    for (int k = 0; k < common; ++k) {
+      bool all = true;
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) all = all && zero(t, k);
+      if (all) continue;
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) add(t, k);
     }
-    for (int b = 0; b < kBodies; ++b)
-      for (int i = 0; i < kHalf; ++i)
-        for (int l = 0; l < kWidth; ++l)
-          sums[((first + i) * kWidth + l) * kGroup<T> + b] = acc[b][i][l];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) {
+      for (int k = common; k < r[t].count; ++k) add(t, k);
+#pragma GCC unroll 3
+      for (int b = 0; b < kBodies; ++b)
+        std::memcpy(sums[t][b] + first * kWidth, acc[t][b], sizeof acc[t][b]);
+    }
   }
+}
+
+// f(the number of bodies, as a constant)
+template <class F>
+FASTHYP_INLINE void of_few(int bodies, const F& f) {
+  static_assert(kFew == 3);
+  if (bodies == 1)
+    f(std::integral_constant<int, 1>{});
+  else if (bodies == 2)
+    f(std::integral_constant<int, 2>{});
+  else
+    f(std::integral_constant<int, 3>{});
 }
 
 // sums (kColumns, group): where the points of a tile are before the bones move them.
@@ -348,13 +380,14 @@ FASTHYP_INLINE void place_points(const Group<T>& group, std::int64_t tile, T* su
   constexpr int L = kGroup<T>;
   const Rows<T> r(group.model, tile);
   std::fill_n(sums, kColumns * L, T(0));
-  if (group.bodies == 1)
-    place_tile_of_few<1>(group.features, r.features, r.columns, r.count, sums);
-  else if (group.bodies == 2)
-    place_tile_of_few<2>(group.features, r.features, r.columns, r.count, sums);
-  else if (group.bodies <= kFew)
-    place_tile_of_few<kFew>(group.features, r.features, r.columns, r.count, sums);
-  else if (group.vectors == 1)
+  if (group.bodies <= kFew) {
+    of_few(group.bodies, [&](auto bodies) {
+      T few[1][bodies][kColumns];
+      place_tiles_of_few<bodies, 1>(group.features, {r}, few);
+      for (int b = 0; b < bodies; ++b)
+        for (int c = 0; c < kColumns; ++c) sums[c * L + b] = few[0][b][c];
+    });
+  } else if (group.vectors == 1)
     place_tile<1>(group.features, r.features, r.columns, r.count, sums);
   else
     place_tile<2>(group.features, r.features, r.columns, r.count, sums);
@@ -409,6 +442,64 @@ FASTHYP_INLINE void move_points(const Group<T>& group, std::int64_t begin, std::
     }
 }
 
+// The points of some tiles of a mesh for a few bodies, a vector for the coordinates of each. Bones:
+// their columns, filled up to four numbers each.
+template <int kBodies, int kTiles, class T>
+void some_points_of_few(const Group<T>& group, std::int64_t tile, const T* bones, T* out) {
+  using Four = Short<T, 4>;
+  const Model& model = group.model;
+  const T *weights = static_cast<const T*>(model.weights),
+          *lift = static_cast<const T*>(model.lift);
+  T sums[kTiles][kBodies][kColumns], moved[kColumns + 1];
+  [&]<int... t>(std::integer_sequence<int, t...>) {
+    place_tiles_of_few<kBodies, kTiles>(group.features, {Rows<T>(model, tile + t)...}, sums);
+  }(std::make_integer_sequence<int, kTiles>{});
+  for (int t = 0; t < kTiles; ++t) {
+    const std::int64_t begin = (tile + t) * kTile, end = std::min(begin + kTile, model.points);
+    const T* base = static_cast<const T*>(model.base) + (tile + t) * kColumns;
+    for (int b = 0; b < kBodies; ++b) {
+      T* from = sums[t][b];
+      for (int c = 0; c < kColumns; ++c) from[c] += base[c];
+      const T* of_body = bones + b * model.joints * 16;
+      typename Four::type transl{};
+      for (int i = 0; i < 3; ++i) transl[i] = group.transl[i * kGroup<T> + b];
+      for (std::int64_t p = begin; p < end; ++p, from += 3) {
+        typename Four::type bone[4] = {};
+        for (std::int32_t e = model.starts[p]; e < model.starts[p + 1]; ++e) {
+          const auto turn = Four::splat(weights[2 * e]), shift = Four::splat(weights[2 * e + 1]);
+          const T* source = of_body + model.bones[e] * 16;
+#pragma GCC unroll 4
+          for (int c = 0; c < 4; ++c)
+            bone[c] = fma(Four::read(source + 4 * c), c < 3 ? turn : shift, bone[c]);
+        }
+        typename Four::type to = bone[3];
+#pragma GCC unroll 3
+        for (int c = 2; c >= 0; --c) to = fma(bone[c], Four::splat(from[c]), to);
+        to = fma(Four::splat(lift ? lift[p] : T(1)), transl, to);
+        std::memcpy(moved + 3 * (p - begin), &to, sizeof to);  // the next point follows
+      }
+      std::copy_n(moved, 3 * (end - begin), out + b * 3 * model.outputs + 3 * begin);
+    }
+  }
+}
+
+template <int kBodies, class T>
+void points_of_few(const Group<T>& group, std::int64_t tile, std::int64_t tiles, T* bones, T* out) {
+  constexpr int L = kGroup<T>, kTogether = kBodies == 1 ? 4 : kBodies == 2 ? 2 : 1;
+  static_assert(16 * kFew <= 12 * L, "bones do not fit into the work memory");
+  const int joints = group.model.joints;
+  for (int b = 0; b < kBodies; ++b)
+    for (int j = 0; j < joints; ++j)
+      for (int c = 0; c < 4; ++c)
+        for (int i = 0; i < 4; ++i)
+          bones[((b * joints + j) * 4 + c) * 4 + i] =
+              i < 3 ? group.bones[(12 * j + (c < 3 ? 3 * i + c : 9 + i)) * L + b] : T(0);
+  const std::int64_t end = tile + tiles;
+  for (; tile + kTogether <= end; tile += kTogether)
+    some_points_of_few<kBodies, kTogether>(group, tile, bones, out);
+  for (; tile < end; ++tile) some_points_of_few<kBodies, 1>(group, tile, bones, out);
+}
+
 template <class T>
 void points(const Call& call, std::int64_t first_group, int groups, std::int64_t first_tile,
             std::int64_t tiles, const Memory& memory) {
@@ -436,7 +527,15 @@ void points(const Call& call, std::int64_t first_group, int groups, std::int64_t
     }
     return;
   }
-  for (std::int64_t t = 0; t < tiles; ++t) {
+  const Group<T> last(call, first_group + groups - 1, memory.groups);
+  if (last.bodies <= kFew) {
+    of_few(last.bodies, [&](auto bodies) {
+      points_of_few<bodies>(last, first_tile, tiles, places + 3 * kColumns * L,
+                            static_cast<T*>(call.out) + last.first * stride);
+    });
+    --groups;
+  }
+  for (std::int64_t t = 0; t < tiles && groups > 0; ++t) {
     const std::int64_t begin = (first_tile + t) * kTile;
     const std::int64_t end = std::min(begin + kTile, model.points);
     for (int g = 0; g < groups; ++g) {

@@ -271,12 +271,51 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     for (int i = 0; i < 3; ++i) sum[i] += from[i * kWarp];
   }
   if (!group.exists) return;
-  T* out = static_cast<T*>(call.out) + (group.body * model.outputs + output) * 3;
+  const std::int64_t place = group.body * model.outputs + output;
+  T* out = static_cast<T*>(call.out) + place * 3;
 #pragma unroll
   for (int i = 0; i < 3; ++i) out[i] = sum[i];
+  if (call.projected)
+    project<One<T>>(call.camera_numbers,
+                    static_cast<const T*>(call.camera) + group.body * call.camera_stride, sum,
+                    static_cast<T*>(call.projected) + place * 2);
 }
 
 // --- backward ---
+
+// A warp for each body. out_grad (bodies, outputs, 3): with what comes through the projection.
+template <class T>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    project_backward_kernel(const __grid_constant__ Call call, T* out_grad, std::int64_t first) {
+  constexpr unsigned kAllLanes = 0xffffffff;
+  const std::int64_t body = (first + blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (body >= call.bodies) return;
+  const int lane = threadIdx.x % kWarp;
+  const T* given = static_cast<const T*>(call.camera) + body * call.camera_stride;
+  T camera[kPerspective] = {}, by_camera[kPerspective] = {};
+#pragma unroll
+  for (int i = 0; i < kPerspective; ++i)
+    if (i < call.camera_numbers) camera[i] = given[i];
+  for (std::int64_t o = lane; o < call.model.outputs; o += kWarp) {
+    const std::int64_t place = body * call.model.outputs + o;
+    const T* from = static_cast<const T*>(call.out) + place * 3;
+    const T* by_projected = static_cast<const T*>(call.projected_grad) + place * 2;
+    T by_point[3] = {};
+    if (call.out_grad)
+#pragma unroll
+      for (int i = 0; i < 3; ++i) by_point[i] = static_cast<const T*>(call.out_grad)[place * 3 + i];
+    project_backward<One<T>>(call.camera_numbers, camera, from, by_projected, by_point, by_camera);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) out_grad[place * 3 + i] = by_point[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kPerspective; ++i) {
+    for (int offset = kWarp / 2; offset > 0; offset /= 2)
+      by_camera[i] += __shfl_xor_sync(kAllLanes, by_camera[i], offset);
+    if (lane == 0 && i < call.camera_numbers && call.camera_grad)
+      static_cast<T*>(call.camera_grad)[body * call.camera_numbers + i] = by_camera[i];
+  }
+}
 
 constexpr std::int64_t kPart = 32;  // tiles whose gradients a warp adds up
 
@@ -555,6 +594,11 @@ cudaError_t launch_backward(const Call& given, std::byte* workspace, cudaStream_
   Launches<T> launches;
   launches.config.blockDim = dim3(kWarps * kWarp);
   launches.config.stream = stream;
+  if (given.projected_grad) {
+    T* out_grad = found + groups * parts * grads;
+    launches.run((given.bodies + kWarps - 1) / kWarps, project_backward_kernel<T>, given, out_grad);
+    call.out_grad = out_grad;
+  }
   launches.run(groups, pose_kernel<T>, call, memory);
   launches.run((groups * parts + kWarps - 1) / kWarps, points_backward_kernel<T>, call, memory,
                found);
@@ -572,10 +616,13 @@ std::string described(const Call& call) {
 
 }  // namespace
 
-std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies, bool backward) {
-  const std::int64_t more = backward        ? parts_of(model) * GradSizes(model).total
-                            : model.targets ? 3 * model.points
-                                            : 0;
+std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies, bool backward,
+                                  bool projected) {
+  std::int64_t more = 0;
+  if (backward)
+    more = parts_of(model) * GradSizes(model).total + (projected ? 3 * model.outputs : 0);
+  else if (model.targets)
+    more = 3 * model.points;
   return groups_of(bodies) * (GroupSizes(model).total + more) * kWarp * (model.is_double ? 8 : 4);
 }
 

@@ -224,6 +224,47 @@ FASTHYP_HD void two_vectors_backward(Rotation rotation, const Number<O>* x, cons
     out[place_of(rotation, 0, i)] = O::fma(-first, axes.b[0][i], by[0][i]) * axes.factor[0];
 }
 
+// --- cameras ---
+
+template <class O>
+FASTHYP_HD void project(int numbers, const Number<O>* camera, const Number<O>* point,
+                        Number<O>* out) {
+  FASTHYP_UNROLL
+  for (int i = 0; i < 2; ++i)
+    out[i] = numbers == kWeak
+                 ? camera[0] * (point[i] + camera[1 + i])
+                 : camera[3 + i] * (point[i] + camera[i]) / (point[2] + camera[2]) + camera[5 + i];
+}
+
+// g: the gradient by what is projected. Adds to those by the point (3) and the camera (numbers).
+template <class O>
+FASTHYP_HD void project_backward(int numbers, const Number<O>* camera, const Number<O>* point,
+                                 const Number<O>* g, Number<O>* by_point, Number<O>* by_camera) {
+  if (numbers == kWeak) {
+    FASTHYP_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      by_camera[0] = O::fma(g[i], point[i] + camera[1 + i], by_camera[0]);
+      by_camera[1 + i] = O::fma(g[i], camera[0], by_camera[1 + i]);
+      by_point[i] = O::fma(g[i], camera[0], by_point[i]);
+    }
+    return;
+  }
+  const Number<O> inverse = O::of(1) / (point[2] + camera[2]);
+  Number<O> by_depth = O::of(0);
+  FASTHYP_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Number<O> ratio = (point[i] + camera[i]) * inverse,
+                    slope = g[i] * camera[3 + i] * inverse;
+    by_depth = O::fma(-slope, ratio, by_depth);
+    by_point[i] = by_point[i] + slope;
+    by_camera[i] = by_camera[i] + slope;
+    by_camera[3 + i] = O::fma(g[i], ratio, by_camera[3 + i]);
+    by_camera[5 + i] = by_camera[5 + i] + g[i];
+  }
+  by_point[2] = by_point[2] + by_depth;
+  by_camera[2] = by_camera[2] + by_depth;
+}
+
 // --- any of them ---
 
 template <class O>

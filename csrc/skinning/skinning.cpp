@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -9,6 +10,7 @@
 
 #include "common/cpu_features.h"
 #include "common/thread_pool.h"
+#include "skinning/math.h"
 
 namespace fasthyp {
 
@@ -65,6 +67,50 @@ void add(std::byte* to, const std::byte* from, std::int64_t bytes) {
     sums[i] += more[i];
 }
 
+// --- projection: outputs have been written, body after body ---
+
+template <class T>
+struct One {
+  using Number = T;
+  static T of(double v) { return static_cast<T>(v); }
+  static T fma(T a, T b, T c) { return a * b + c; }
+};
+
+template <class T>
+void project_bodies(const Call& call, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t b = begin; b < end; ++b) {
+    const T* camera = static_cast<const T*>(call.camera) + b * call.camera_stride;
+    const T* from = static_cast<const T*>(call.out) + b * call.model.outputs * 3;
+    T* to = static_cast<T*>(call.projected) + b * call.model.outputs * 2;
+    for (std::int64_t o = 0; o < call.model.outputs; ++o)
+      project<One<T>>(call.camera_numbers, camera, from + 3 * o, to + 2 * o);
+  }
+}
+
+// out_grad (bodies, outputs, 3): with what comes through the projection.
+template <class T>
+void project_bodies_backward(const Call& call, std::int64_t begin, std::int64_t end,
+                             void* out_grad) {
+  const std::int64_t outputs = call.model.outputs;
+  for (std::int64_t b = begin; b < end; ++b) {
+    const T* camera = static_cast<const T*>(call.camera) + b * call.camera_stride;
+    const T* from = static_cast<const T*>(call.out) + b * outputs * 3;
+    const T* by_projected = static_cast<const T*>(call.projected_grad) + b * outputs * 2;
+    T* to = static_cast<T*>(out_grad) + b * outputs * 3;
+    if (call.out_grad)
+      std::copy_n(static_cast<const T*>(call.out_grad) + b * outputs * 3, outputs * 3, to);
+    else
+      std::fill_n(to, outputs * 3, T(0));
+    T by_camera[kPerspective] = {};
+    for (std::int64_t o = 0; o < outputs; ++o)
+      project_backward<One<T>>(call.camera_numbers, camera, from + 3 * o, by_projected + 2 * o,
+                               to + 3 * o, by_camera);
+    if (call.camera_grad)
+      std::copy_n(by_camera, call.camera_numbers,
+                  static_cast<T*>(call.camera_grad) + b * call.camera_numbers);
+  }
+}
+
 }  // namespace
 
 void forward(const Call& call, int threads) {
@@ -75,26 +121,46 @@ void forward(const Call& call, int threads) {
     sizes.level.pose(call, i, {groups.get(), work, nullptr});
     if (call.out && call.model.targets)
       sizes.level.points(call, i, 1, 0, call.model.tiles(), {groups.get(), work, nullptr});
+    if (call.projected)
+      (call.model.is_double
+           ? project_bodies<double>
+           : project_bodies<float>)(call, i * sizes.level.lanes,
+                                    std::min(call.bodies, (i + 1) * sizes.level.lanes));
   });
   if (!call.out || call.model.targets) return;
-  const std::int64_t parts = parts_of(call.model.tiles(), kPart);
-  each(parts_of(sizes.groups, kBlock) * parts, threads, sizes.work,
-       [&](std::int64_t i, void* work) {
-         const std::int64_t group = i / parts * kBlock, tile = i % parts * kPart;
-         sizes.level.points(call, group, static_cast<int>(std::min(kBlock, sizes.groups - group)),
-                            tile, std::min(kPart, call.model.tiles() - tile),
-                            {groups.get(), work, nullptr});
-       });
+  // A few bodies: smaller parts, so that all threads are busy to the end.
+  const std::int64_t tiles = call.model.tiles(), blocks = parts_of(sizes.groups, kBlock);
+  const std::int64_t even = parts_of(tiles, std::max<std::int64_t>(4 * threads / blocks, 1));
+  const std::int64_t part = std::clamp<std::int64_t>((even + 3) / 4 * 4, 8, kPart);
+  const std::int64_t parts = parts_of(tiles, part);
+  each(blocks * parts, threads, sizes.work, [&](std::int64_t i, void* work) {
+    const std::int64_t group = i / parts * kBlock, tile = i % parts * part;
+    sizes.level.points(call, group, static_cast<int>(std::min(kBlock, sizes.groups - group)), tile,
+                       std::min(part, tiles - tile), {groups.get(), work, nullptr});
+  });
 }
 
-void backward(const Call& call, int threads) {
-  if (call.bodies == 0) return;
-  const Sizes sizes(call);
+void backward(const Call& given, int threads) {
+  if (given.bodies == 0) return;
+  const Sizes sizes(given);
+  Call call = given;
+  Bytes out_grad;
+  if (given.projected_grad) {
+    const std::int64_t body = 3 * given.model.outputs * (given.model.is_double ? 8 : 4);
+    out_grad = allocate(given.bodies * body);
+    call.out_grad = out_grad.get();
+  }
   const Bytes groups = allocate(sizes.groups * sizes.group);
   each(sizes.groups, threads, sizes.work, [&](std::int64_t i, void* work) {
     Call posed = call;
     posed.joints = nullptr;
     sizes.level.pose(posed, i, {groups.get(), work, nullptr});
+    if (given.projected_grad)
+      (given.model.is_double
+           ? project_bodies_backward<double>
+           : project_bodies_backward<float>)(given, i * sizes.level.lanes,
+                                             std::min(given.bodies, (i + 1) * sizes.level.lanes),
+                                             out_grad.get());
   });
   const bool sums = call.model.targets != nullptr;
   const std::int64_t block = sums ? 1 : std::min(kBlock, sizes.groups);

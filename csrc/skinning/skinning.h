@@ -52,6 +52,10 @@ struct Model {
   FASTHYP_HD std::int64_t tiles() const { return (points + kTile - 1) / kTile; }
 };
 
+// What a camera is made of: 3 numbers, s and t of the weak perspective s (x + t); or 7, t, f and c
+// of the perspective f (X + t) / (Z + t_z) + c.
+inline constexpr int kWeak = 3, kPerspective = 7;
+
 struct Call {
   Model model;
   std::int64_t bodies;
@@ -60,15 +64,21 @@ struct Call {
   const void* transl;                                     // (bodies, 3); null: none
   std::int64_t betas_stride, pose_stride, transl_stride;  // from body to body; 0: one for all
   Rotation rotation;
-  // Results; null: not wanted.
-  void* out;     // (bodies, outputs, 3)
-  void* joints;  // (bodies, joints, 3)
+  int camera_numbers;          // 0: none
+  const void* camera;          // (bodies, camera_numbers)
+  std::int64_t camera_stride;  // as those before
+  // Results; null: not wanted. `projected` needs a camera and `out`; backward, `out` is an input.
+  void* out;        // (bodies, outputs, 3)
+  void* joints;     // (bodies, joints, 3)
+  void* projected;  // (bodies, outputs, 2)
   // Of the backward pass: gradients by the results, null for zero, and those that are wanted.
   const void* out_grad;
   const void* joints_grad;
+  const void* projected_grad;
   void* betas_grad;   // (bodies, shapes)
   void* pose_grad;    // (bodies, joints, numbers_of(rotation))
   void* transl_grad;  // (bodies, 3)
+  void* camera_grad;  // (bodies, camera_numbers); with projected_grad
 };
 
 void forward(const Call& call, int threads);
@@ -78,7 +88,8 @@ void backward(const Call& call, int threads);
 void forward_cuda(const Call& call, std::byte* workspace, int device, void* stream);
 void backward_cuda(const Call& call, std::byte* workspace, int device, void* stream);
 // Bytes of workspace, aligned to 16, for a call of so many bodies.
-std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies, bool backward);
+std::int64_t workspace_bytes_cuda(const Model& model, std::int64_t bodies, bool backward,
+                                  bool projected);
 
 // --- what a SIMD level provides (cpu_kernels.cpp) ---
 

@@ -241,7 +241,7 @@ def procrustes_align(
     threads_or_stream: int,
 ) -> None: ...
 def skinning_cuda_workspace(
-    sizes: Sequence[int], arrays: Sequence[int], bodies: int, backward: bool
+    sizes: Sequence[int], arrays: Sequence[int], bodies: int, backward: bool, projected: bool
 ) -> int: ...
 def skinning_run(
     sizes: Sequence[int],
@@ -250,8 +250,10 @@ def skinning_run(
     inputs: Sequence[int],
     strides: Sequence[int],
     rotation: int,
+    camera_numbers: int,
     results: Sequence[int],
     backward: bool,
+    out: int,
     grads: Sequence[int],
     workspace: int,
     device: int,

@@ -43,7 +43,7 @@ def test_equals_anny(model: body.AnnyBody, peer: Any) -> None:
     pose = pose_of(3, len(model.bone_labels))
     transl = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)).double()
     deltas = torch.eye(4, dtype=torch.float64).repeat(3, pose.shape[1], 1, 1)
-    deltas[..., :3, :3] = body.landmarks.rotation_matrices(pose)
+    deltas[..., :3, :3] = body.rotations.rotation_matrices(pose)
     deltas[:, 0, :3, 3] = transl
     want = peer(deltas, {k: v.double() for k, v in PEOPLE.items()})
     betas = model.shape(**PEOPLE)

@@ -317,7 +317,7 @@ def test_shapes_of_rotations(files: Path) -> None:
     flat = numbers(2, 69)
     want = ours(body_pose=flat)
     torch.testing.assert_close(ours(body_pose=flat.view(2, 23, 3)).joints, want.joints)
-    turns = body.landmarks.rotation_matrices(flat.view(2, 23, 3))
+    turns = body.rotations.rotation_matrices(flat.view(2, 23, 3))
     for shape in ((2, 23, 3, 3), (2, 23, 9), (2, 207)):
         got = ours(body_pose=turns.reshape(shape), pose2rot=False)
         torch.testing.assert_close(got.joints, want.joints, atol=1e-5, rtol=0)
@@ -329,6 +329,65 @@ def test_shapes_of_rotations(files: Path) -> None:
     hands = body.SMPLH(files)
     got = hands(pose2rot=False).joints
     torch.testing.assert_close(got, hands().joints, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", body.skinning.reference.ROTATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotations_by_name(kind: str, form: Any, files: Path) -> None:
+    ours = (
+        getattr(body, kind)(files, dtype=torch.float64, use_face_contour=True)
+        if (kind == "SMPLX")
+        else getattr(body, kind)(files, dtype=torch.float64)
+    )
+    inputs = inputs_of(kind, 3, torch.float64, matrices=True)
+    want = ours(**inputs, pose2rot=False)
+    given = dict(inputs)
+    for name, value in inputs.items():
+        if value.dim() != 4:
+            continue
+        if form == "axis_angle":
+            given[name] = fasthyp.geometry.matrix_to_axis_angle(value)
+        elif form != "matrix":
+            given[name] = fasthyp.geometry.matrix_to_rotation_6d(value, form)
+    if form == "axis_angle" and kind != "SMPL":  # hands are then components
+        given |= {f"{side}_hand_pose": torch.zeros(3, 6).double() for side in ("left", "right")}
+        want = ours(**given)
+    got = ours(**given, rotation=form, return_full_pose=True)
+    limit = 1e-7 if form == "axis_angle" else 1e-12  # 1e-8 is added to those
+    assert max_error(got.vertices, want.vertices) < limit
+    assert max_error(got.joints, want.joints) < limit
+    assert max_error(ours.joints(**given, rotation=form), want.joints) < limit
+    flat = {n: v.flatten(1) if v.dim() == 3 else v for n, v in given.items()}
+    assert torch.equal(ours(**flat, rotation=form).vertices, got.vertices)
+    wide = {"axis_angle": (3, 3 * len(ours.parents)), "matrix": (3, len(ours.parents), 3, 3)}
+    assert got.full_pose.shape == wide.get(form, (3, 6 * len(ours.parents)))
+    for name in inputs:  # what is not given is at rest, or the model's own
+        rest = {key: value for key, value in given.items() if key != name}
+        turned = {key: value for key, value in inputs.items() if key != name}
+        if form != "axis_angle":
+            error = max_error(
+                ours(**rest, rotation=form).vertices, ours(**turned, pose2rot=False).vertices
+            )
+            assert error < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_projected_joints(kind: str, files: Path) -> None:
+    ours = getattr(body, kind)(files)
+    inputs = inputs_of(kind, 3)
+    move = numbers(3, 3) + torch.tensor([0, 0, 9.0])
+    camera = body.Camera.perspective(move, 500.0, numbers(3, 2, seed=3))
+    regressor = regressors()[0]
+    points, joints = ours.project_joints(camera, **inputs, regressor=regressor)
+    assert torch.equal(joints, ours.joints(**inputs, regressor=regressor))
+    assert torch.equal(points, camera(joints))
+    points, joints = ours.project_joints(camera, **inputs)
+    assert torch.equal(joints, ours.joints(**inputs))
+    assert torch.equal(points, camera(joints))
+    mapped = getattr(body, kind)(files, joint_mapper=lambda joints, vertices=None: joints[:, 3:9])
+    points, joints = mapped.project_joints(camera, **inputs)
+    assert joints.shape == (3, 6, 3)
+    assert torch.equal(points, camera(joints))
 
 
 # --- without the mesh ---
@@ -489,6 +548,12 @@ def test_body_from_arrays(files: Path, tmp_path: Path) -> None:
         ),
         ({"pose2rot": False, "body_pose": torch.zeros(1, 69)}, ValueError, "rotation matrices"),
         ({"body_poze": torch.zeros(1, 69)}, TypeError, "body_poze"),
+        ({"rotation": "quaternion"}, ValueError, "rotation: expected one of axis_angle, matrix"),
+        (
+            {"rotation": "rows", "body_pose": torch.zeros(1, 69)},
+            ValueError,
+            r"body_pose: expected 6D rows of shape \(B, 138\) or \(B, 23, 6\), got \(1, 69\)",
+        ),
         ({"expression": torch.zeros(1, 10)}, TypeError, "expression"),
     ],
 )
@@ -635,3 +700,29 @@ def test_nothing_is_printed(files: Path, capfd: pytest.CaptureFixture[str]) -> N
     for kind in KINDS:
         getattr(body, kind)(files)
     assert capfd.readouterr().out == ""
+
+
+def test_from_a_flow_to_joints_in_the_image(files: Path) -> None:
+    """The chain of docs/body.md: samples of a flow, 24 rotations in 6D each, to 2D joints."""
+    torch.manual_seed(0)
+    flow = fasthyp.flows.ConditionalGlow(144, 16, 1, 1, context_features=8)
+    sampler = fasthyp.HypothesisSampler(flow.eval())
+    samples = sampler(numbers(2, 8), num_samples=20, seed=0)
+    assert samples.shape == (2, 20, 144)
+    ours, regressor = body.SMPL(files), regressors()[0]
+    betas, weak = numbers(2, 10, seed=1), numbers(2, 3, seed=2).abs() + 0.5
+    flat = samples.flatten(0, 1)
+    many = {"betas": betas.repeat_interleave(20, 0)}
+    camera = body.Camera.prohmr(weak.repeat_interleave(20, 0))
+    points, joints = ours.project_joints(
+        *(camera, many["betas"], flat[:, 6:], flat[:, :6]), regressor=regressor, rotation="columns"
+    )
+    folded = body.fold_joints(*ours._model(), regressor)
+    again = body.project_joints(folded, many["betas"], flat, camera, rotation="columns")
+    assert torch.equal(again[0], points)
+    turns = fasthyp.geometry.rotation_6d_to_matrix(flat.view(-1, 24, 6), "columns")
+    mesh = ours(**many, body_pose=turns[:, 1:], global_orient=turns[:, :1], pose2rot=False)
+    want = regressor @ mesh.vertices
+    assert max_error(joints, want) < 1e-5
+    move = body.prohmr_camera(weak).repeat_interleave(20, 0)
+    assert max_error(points, body.project(want, move, 5000 / 224)) < 1e-4

@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from fasthyp.data.readers import (
     three_dpw,
     wehrbein,
 )
+from fasthyp.data.readers._containers import ZarrArrays
 from fasthyp.skeleton import (
     COCO17_JOINTS,
     H36M17_JOINTS,
@@ -645,6 +647,23 @@ def test_zarr_whose_chunks_are_pickles(
     ):
         persons("m.zarr")[0]
     assert not Path("pwned").exists()
+
+
+def test_zarr_of_releases_that_would_run_pickles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_zarr(tmp_path / "m.zarr", {"heatmaps": np.zeros((2, 17, 4, 4), "f4")})
+    described = {"dtype": "<f4", "filters": [{"id": "pickle", "protocol": 5}]}
+    metadata = SimpleNamespace(to_dict=lambda: described)
+    array = SimpleNamespace(metadata=metadata, dtype=np.dtype("f4"), shape=(2, 17, 4, 4))
+    monkeypatch.setattr(ZarrArrays, "_group", lambda self: Group(heatmaps=array))
+    with pytest.raises(ValueError, match="heatmaps: refused, its chunks are pickles"):
+        persons(tmp_path / "m.zarr")
+
+
+class Group(dict):  # type: ignore[type-arg]
+    def array_keys(self) -> list[str]:
+        return list(self)
 
 
 def test_nested_pickles_are_bounded() -> None:

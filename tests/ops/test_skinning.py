@@ -200,6 +200,107 @@ def test_prohmr_camera_and_weak_perspective() -> None:
     assert torch.equal(per_body, pairs)
 
 
+def cameras(count: int, dtype: torch.dtype) -> dict[str, tuple[Any, Any]]:
+    """Of every convention: (one of project_joints, what it stands for as functions of joints)."""
+    generator = torch.Generator().manual_seed(9)
+
+    def rand(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
+
+    weak, move, sides, middle, focal = rand(count, 3), rand(count, 3), rand(count), None, 5000.0
+    move[:, 2] += 9
+    middle, focals = 100 * rand(count, 2), 100 * rand(count, 2)
+    box = 99 * sides, 9 * middle, torch.tensor(640.0, dtype=dtype), 480.0, 1100.0
+    height, width = torch.tensor([320.0, 240.0], dtype=dtype), body.humr_camera(weak, *box)
+    return {
+        "weak": (body.Camera.weak(weak), lambda x: body.weak_perspective(x, weak)),
+        "perspective": (
+            body.Camera.perspective(move, focals, middle),
+            lambda x: body.project(x, move, focals, middle),
+        ),
+        "a number": (
+            body.Camera.perspective(move, 5000 / 224),
+            lambda x: body.project(x, move, 5000 / 224),
+        ),
+        "focal lengths": (
+            body.Camera.perspective(move, focals[:, 0], middle[:1].sum(0)),
+            lambda x: body.project(x, move, focals[:, 0], middle[:1].sum(0)),
+        ),
+        "prohmr": (
+            body.Camera.prohmr(weak),
+            lambda x: body.project(x, body.prohmr_camera(weak), focal / 224),
+        ),
+        "humr": (
+            body.Camera.humr(weak, *box),
+            lambda x: body.project(x, width, 1100.0, height),
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("count", [0, 1, 40])
+@pytest.mark.parametrize("name", list(cameras(1, torch.float32)))
+def test_projection_is_that_of_the_joints(dtype: torch.dtype, count: int, name: str) -> None:
+    arrays = random_model(dtype=dtype)
+    given = random_bodies(count, arrays, "columns")
+    folded = body.SkinningModel(*arrays).fold(regressors(61, 7)["dense"].to(dtype))
+    for cams in [count, 1] if count else [0]:
+        camera, expected = cameras(cams, dtype)[name]
+        points, joints = body.project_joints(
+            *(folded, *given[:2], camera, given[2]), rotation="columns"
+        )
+        alone = body.regress_joints(folded, *given, rotation="columns")
+        assert torch.equal(joints, alone)
+        assert torch.equal(points, expected(alone))  # to the last bit
+        assert torch.equal(camera(alone), points)
+    plain_twin = reference.skin(
+        *(*given, *folded.points.arrays, True, "columns", 17, True, camera.numbers)  # type: ignore
+    )
+    limit = 1e-3 if dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(plain_twin[2], points, rtol=1e-4, atol=limit)
+
+
+@pytest.mark.parametrize("rotation", ["axis_angle", "interleaved"])
+@pytest.mark.parametrize("numbers", [reference.WEAK, reference.PERSPECTIVE])
+def test_gradcheck_of_projection(rotation: Any, numbers: int) -> None:
+    arrays = random_model(9, 4, 2)
+    folded = body.SkinningModel(*arrays).fold(
+        torch.rand(3, 9, generator=torch.Generator().manual_seed(0)).double()
+    )
+    given = tuple((t + 0.1).detach().requires_grad_() for t in random_bodies(3, arrays, rotation))
+    for cams in (3, 1):
+        camera = torch.rand(cams, numbers, generator=torch.Generator().manual_seed(1)).double()
+        camera[:, 2] += 9
+        camera = camera.requires_grad_()
+
+        def both(camera: Tensor, *bodies: Tensor) -> tuple[Tensor, Tensor]:
+            found = (folded, *bodies[:2], body.Camera(camera), bodies[2])
+            return body.project_joints(*found, rotation=rotation)
+
+        assert torch.autograd.gradcheck(both, (camera, *given))
+        assert torch.autograd.gradcheck(lambda *a: both(*a)[0].sin(), (camera, *given))
+        assert torch.autograd.gradcheck(lambda *a: both(*a)[1].sin(), (camera, *given))
+        assert torch.autograd.gradgradcheck(both, (camera, *given))
+
+
+def test_projection_on_many_threads() -> None:
+    arrays = random_model(dtype=torch.float32)
+    folded = body.SkinningModel(*arrays).fold(regressors(61, 7)["dense"].float())
+    given = random_bodies(50, arrays)
+    camera = cameras(50, torch.float32)["perspective"][0].numbers.requires_grad_()
+
+    def results() -> tuple[Tensor, ...]:
+        found = body.project_joints(folded, *given[:2], body.Camera(camera), given[2])
+        by_all = torch.autograd.grad(found[0].square().sum() + found[1].sum(), (*given, camera))
+        return *found, *by_all
+
+    expected = results()
+    for threads in (2, 5):
+        torch.set_num_threads(threads)
+        for ours, theirs in zip(results(), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 17, 1000])
@@ -248,7 +349,7 @@ def test_the_reference_in_float64(rotation: Any, level: str, counts: tuple[int, 
             torch.testing.assert_close(by_ours, by_plain, rtol=1e-10, atol=1e-10)
             twin = reference.skin(
                 *(*bodies, *model.points().arrays, pose_blend, rotation, 61, True)  # type: ignore
-            )
+            )[:2]
             torch.testing.assert_close(twin, expected, **EXACT)
             alone = model.joints(*bodies, rotation=rotation)
             assert torch.equal(alone, found[1])
@@ -467,6 +568,50 @@ def test_threads_and_splits(dtype: torch.dtype, level: str) -> None:
             assert torch.equal(ours, theirs[part])
 
 
+@pytest.mark.parametrize("level", _C.simd_levels())
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_bodies_with_joints_at_rest(level: str, count: int) -> None:
+    """Features of zero are not read; tiles whose columns differ are done together."""
+    _C.set_simd_level(level)
+    arrays = random_model(205, 12, 4, bones=12)
+    arrays[2].view(99, 205, 3)[:, 50:90] = 0  # type: ignore[union-attr]
+    betas, pose, transl = (t.detach() for t in random_bodies(count, arrays))
+    pose[:, 3:9] = 0
+    betas[:, 1] = 0
+    expected = plain(arrays, (betas, pose, transl), "axis_angle")
+    model = body.SkinningModel(*arrays)
+    found = model(betas, pose, transl)
+    torch.testing.assert_close(found, expected, **EXACT)
+    many = model(*(t.repeat(9, *[1] * (t.ndim - 1)) for t in (betas, pose, transl)))
+    assert torch.equal(many[0][:count], found[0])
+
+
+def test_without_the_dispatcher_nothing_changes() -> None:
+    arrays = random_model()
+    model = body.SkinningModel(*arrays)
+    given = random_bodies(3, arrays)
+    expected = model(*given)
+    assert expected[0].requires_grad
+    bare = tuple(t.detach() for t in given)
+    assert ops.is_plain(bare)
+    assert not ops.is_plain(given)
+    with torch.no_grad():
+        assert ops.is_plain(given)
+        for ours, theirs in zip(model(*given), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    with torch.autograd.forward_ad.dual_level():
+        assert not ops.is_plain(bare)
+    with torch.profiler.profile():
+        assert not ops.is_plain(bare)
+    with torch.overrides.BaseTorchFunctionMode():
+        assert not ops.is_plain(bare)
+    assert not ops.is_plain((bare[0].as_subclass(Derived), *bare[1:]))
+
+
+class Derived(Tensor):
+    """A tensor of another kind."""
+
+
 def test_levels_agree() -> None:
     arrays = random_model(dtype=torch.float32)
     given = random_bodies(20, arrays)
@@ -664,6 +809,19 @@ def test_more_bad_input() -> None:
         body.project(torch.zeros(2, 3), torch.zeros(2, 3), 1.0)
     with pytest.raises(ValueError, match=r"camera: expected shape \(\*, 3\), got \(3,\)"):
         body.prohmr_camera(torch.zeros(3))
+    folded = model.fold(torch.ones(3, 61))
+    with pytest.raises(TypeError, match="camera: expected a Camera, got Tensor"):
+        body.project_joints(folded, B, P, torch.zeros(1, 3))  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"camera: expected shape \(B, 3\) or \(B, 7\), got \(2, 4\)"
+    ):
+        body.project_joints(folded, B, P, body.Camera(torch.zeros(2, 4)))
+    with pytest.raises(ValueError, match="expected as many of each or one, got 2 betas, 2 pose, 3"):
+        body.project_joints(folded, B, P, body.Camera(torch.zeros(3, 3)))
+    with pytest.raises(TypeError, match=r"camera: expected torch\.float32 as the model, got"):
+        body.project_joints(folded, B, P, body.Camera(torch.zeros(2, 3).double()))
+    with pytest.raises(ValueError, match="camera: expected points that are summed up into joints"):
+        model.points()(B, P.view(2, 7, 3), None, "axis_angle", camera=torch.zeros(2, 3))
 
 
 def test_the_op_refuses_arrays_that_do_not_fit() -> None:
@@ -679,7 +837,9 @@ def test_the_op_refuses_arrays_that_do_not_fit() -> None:
     ):
         given = {**arrays, name: wrong}
         with pytest.raises((ValueError, TypeError)):
-            ops.skinning(B, P.view(2, 7, 3), None, *given.values(), True, "axis_angle", 61, True)
+            ops.skinning(
+                *(B, P.view(2, 7, 3), None, *given.values(), True, "axis_angle", 61, True, None)
+            )
 
 
 # --- the op ---
@@ -696,13 +856,19 @@ def test_opcheck(dtype: torch.dtype, rotation: str, mesh: bool, want: bool) -> N
     given = random_bodies(3, arrays, rotation)
     for bodies in (given, (*given[:2], None), (given[0].detach()[:1], *given[1:])):
         arguments = (*bodies, *points.arrays, True, rotation, points.outputs, want)
-        torch.library.opcheck(torch.ops.fasthyp.skinning.default, arguments)
+        camera = None if mesh else torch.rand(3, 7).to(dtype).requires_grad_()
+        for cams in (None, *[camera] * (not mesh)):
+            torch.library.opcheck(torch.ops.fasthyp.skinning.default, (*arguments, cams))
     detached = [t.detach() for t in given]
     grads = torch.randn(3, points.outputs, 3).to(dtype), torch.randn(3, 4, 3).to(dtype)
     for out_grad, joints_grad in (grads, (grads[0], None), (None, grads[1])):
         arguments = (out_grad, joints_grad, *detached, *points.arrays, True, rotation)  # type: ignore
         op = torch.ops.fasthyp.skinning_backward.default
-        torch.library.opcheck(op, (*arguments, points.outputs))
+        torch.library.opcheck(op, (*arguments, points.outputs, None, None, None))
+    if not mesh:
+        flat, camera = torch.randn(3, 2, 2).to(dtype), torch.rand(3, 3).to(dtype)
+        arguments = (None, None, *detached, *points.arrays, True, rotation)  # type: ignore
+        torch.library.opcheck(op, (*arguments, points.outputs, flat, camera, grads[0]))
 
 
 def test_function_transforms() -> None:

@@ -1,9 +1,10 @@
 // skinning SEED INPUT OUTPUT: skins the bodies in a raw file with the CUDA kernels on the host.
-// Input: 14 int64 (is_double, shapes, joints, pose_blend, points, outputs, bodies, betas, poses,
-// rotation, translated, targets, rows, bones: numbers of them), then parents, rest, rest_shapes,
-// row_starts, rows, columns, base, starts, bones, weights, targets and lift where there are
-// targets, betas, pose, transl, gradients by the outputs and joints. Output: outputs, joints, and
-// the gradients by betas, pose and transl, as in csrc/skinning.
+// Input: 15 int64 (is_double, shapes, joints, pose_blend, points, outputs, bodies, betas, poses,
+// rotation, translated, targets, rows, bones: numbers of them, camera numbers), then parents, rest,
+// rest_shapes, row_starts, rows, columns, base, starts, bones, weights, targets and lift where
+// there are targets, betas, pose, transl, cameras, gradients by the outputs, joints and
+// projections. Output: outputs, joints, projections, and the gradients by betas, pose, transl and
+// cameras, as in csrc/skinning.
 #include "skinning/skinning.h"
 
 #include <algorithm>
@@ -22,7 +23,7 @@ int main(int argc, char** argv) try {
   if (argc != 4) return 2;
   simt::set_seed(std::strtoull(argv[1], nullptr, 10));
   std::ifstream in(argv[2], std::ios::binary);
-  std::int64_t n[14];
+  std::int64_t n[15];
   in.read(reinterpret_cast<char*>(n), sizeof n);
   const std::int64_t size = n[0] ? 8 : 4, joints = n[2], points = n[4], outputs = n[5];
   // Heap blocks of the exact size, so that AddressSanitizer sees any access beyond them.
@@ -64,31 +65,42 @@ int main(int argc, char** argv) try {
   call.betas_stride = n[7] == 1 ? 0 : n[1];
   call.pose_stride = n[8] == 1 ? 0 : numbers;
   call.transl_stride = 3;
+  call.camera_numbers = static_cast<int>(n[14]);
+  call.camera = read(n[6] * n[14], size);
+  call.camera_stride = n[14];
   call.out_grad = read(n[6] * outputs * 3, size);
   call.joints_grad = read(n[6] * joints * 3, size);
+  const void* projected_grad = n[14] ? read(n[6] * outputs * 2, size) : nullptr;
   if (!in) throw std::runtime_error("input too short");
   const std::int64_t out_bytes = n[6] * outputs * 3 * size, joint_bytes = n[6] * joints * 3 * size;
   const std::unique_ptr<char[]> out(new char[out_bytes]), posed(new char[joint_bytes]);
   call.out = out.get();
   call.joints = posed.get();
+  const std::int64_t flat_bytes = n[14] ? n[6] * outputs * 2 * size : 0;
+  const std::unique_ptr<char[]> flat(new char[flat_bytes]);
+  call.projected = n[14] ? flat.get() : nullptr;
   const auto workspace = [&](bool backward) {
-    const std::int64_t bytes = workspace_bytes_cuda(m, n[6], backward);
+    const std::int64_t bytes = workspace_bytes_cuda(m, n[6], backward, n[14] != 0);
     std::unique_ptr<std::byte[]> memory(new std::byte[bytes]);
     std::fill_n(memory.get(), bytes, std::byte{0xff});  // NaN
     return memory;
   };
   forward_cuda(call, workspace(false).get(), 0, nullptr);
-  const std::int64_t grad_bytes[3] = {n[6] * n[1] * size, n[6] * numbers * size, n[6] * 3 * size};
-  std::unique_ptr<char[]> grads[3];
-  for (int i = 0; i < 3; ++i) grads[i].reset(new char[grad_bytes[i]]);
+  const std::int64_t grad_bytes[4] = {n[6] * n[1] * size, n[6] * numbers * size, n[6] * 3 * size,
+                                      n[6] * n[14] * size};
+  std::unique_ptr<char[]> grads[4];
+  for (int i = 0; i < 4; ++i) grads[i].reset(new char[grad_bytes[i]]);
   call.betas_grad = grads[0].get();
   call.pose_grad = grads[1].get();
   call.transl_grad = grads[2].get();
+  call.projected_grad = projected_grad;
+  call.camera_grad = grads[3].get();
   backward_cuda(call, workspace(true).get(), 0, nullptr);
   std::ofstream file(argv[3], std::ios::binary);
   file.write(out.get(), out_bytes);
   file.write(posed.get(), joint_bytes);
-  for (int i = 0; i < 3; ++i) file.write(grads[i].get(), grad_bytes[i]);
+  file.write(flat.get(), flat_bytes);
+  for (int i = 0; i < 4; ++i) file.write(grads[i].get(), grad_bytes[i]);
   return file.good() ? 0 : 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());

@@ -34,6 +34,7 @@ def skinning(programs: Path, emulation: Path) -> Path:
     ],
 )
 @pytest.mark.parametrize("sums", [False, True])
+@pytest.mark.parametrize("cameras", [0, 3, 7])
 def test_the_cpu_kernels(
     skinning: Path,
     tmp_path: Path,
@@ -44,30 +45,40 @@ def test_the_cpu_kernels(
     bodies: int,
     rotation: Any,
     sums: bool,
+    cameras: int,
 ) -> None:
+    if cameras and not sums:
+        pytest.skip("a mesh is not projected")
     arrays = random_model(vertices, joints, shapes, pose_blend=joints != 9, dtype=dtype)
     model = body.SkinningModel(*arrays)
     points = model.points()
     if sums:
         regressor = torch.rand(3, vertices, generator=torch.Generator().manual_seed(2)).to(dtype)
         regressor[1] *= torch.arange(vertices) % 17 == 0
+        if cameras:  # more than the lanes of a warp
+            regressor = regressor.repeat(13, 1)
         points = model.fold(regressor).points
     one = bodies == 40
     given = random_bodies(bodies, arrays, rotation, shapes=1 if one else -1)
     betas, pose, transl = (t.detach() for t in given)
     translated = bodies != 2
     bodies_given = betas, pose, transl if translated else None
-    expected = points(*bodies_given, rotation)
+    camera = torch.rand(bodies, cameras).to(dtype) + 1 if cameras else None
+    if camera is not None and cameras == 7:
+        camera[:, 2] += 20
+    expected = points(*bodies_given, rotation, camera=camera)
     cotangents = [torch.randn(part.shape).to(dtype) for part in expected]
+    through = (cotangents[2], camera, expected[0]) if cameras else (None, None, None)
     expected += ops.skinning_backward(
-        *(*cotangents, *bodies_given, *points.arrays, points.pose_blend, rotation, points.outputs)
+        *(*cotangents[:2], *bodies_given, *points.arrays, points.pose_blend, rotation),
+        *(points.outputs, *through),
     )
     counts = [points.rows.numel(), points.bones.numel()]
     head = [dtype == torch.float64, shapes, joints, points.pose_blend, points.starts.numel() - 1]
     head += [points.outputs, bodies, len(betas), len(pose), ops.ROTATIONS.index(rotation)]
-    head += [translated, sums, *counts]
+    head += [translated, sums, *counts, cameras]
     parts = [np.array(head, np.int64), *(a for a in points.arrays if a is not None), betas, pose]
-    parts += [*[transl] * translated, *cotangents]
+    parts += [*[transl] * translated, *([] if camera is None else [camera]), *cotangents]
     (tmp_path / "in").write_bytes(b"".join(np.asarray(part).tobytes() for part in parts))
     for seed in (0, 1):
         done = execute(skinning, seed, tmp_path / "in", tmp_path / "out")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from fasthyp.data import PoseSimulator
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.skeleton import COCO13_JOINTS, COCO17_TO_COCO13
+from fasthyp.train.baselines import nearest_2d
 from fasthyp.train.evaluation import (
-    _nearest_2d,
     evaluate_heatmaps,
     evaluate_lifting,
     reprojection_distance,
@@ -47,8 +46,8 @@ def test_evaluate_lifting(tmp_path: Path, bundled: LiftingFlow) -> None:
 
 def test_nearest_2d_finds_the_same_person() -> None:
     batch = PoseSimulator(people(50)).sample(50, torch.Generator().manual_seed(0))
-    exact = replace(batch, mean=3 * batch.true_mean + 5)
-    assert torch.equal(_nearest_2d(exact, batch), torch.arange(50))
+    exact = 3 * batch.true_mean + 5
+    assert torch.equal(nearest_2d(exact, batch.covariance, batch.true_mean), torch.arange(50))
 
 
 def test_reprojection_distance() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 pytest.importorskip("lightning", reason="training needs the extra 'train'")
 
 import fasthyp.train.recipe as recipe_module
-from fasthyp.data import PersonBatch, SimulatedPersons, StoredPersons
+from fasthyp.data import DETECTORS, PersonBatch, SimulatedPersons, StoredPersons
 from fasthyp.metrics import mpjpe
 from fasthyp.models import load
 from fasthyp.models.regression import Regression
@@ -426,7 +426,15 @@ def test_systems() -> None:
 def test_baselines(persons: SimulatedPersons) -> None:
     known, held = persons.sample(50, 0, "train"), persons.sample(6, 0, "test")
     poses = known.need("joints_3d")[0]
-    assert torch.equal(nearest_neighbour(known[:5], known), poses[:5])
+    for detector in ("h36m17", "mpii16", "coco13"):
+        names = DETECTORS[detector]
+        there = [n if n in known.joint_names else "pelvis" for n in names]
+        mean = known.need("joints_2d")[0][:, [known.joint_names.index(n) for n in there]]
+        covariance = torch.eye(2).expand(*mean.shape, 2)
+        seen = PersonBatch(mean=2 * mean - 7, covariance=covariance, detector_names=names)
+        assert torch.equal(nearest_neighbour(seen[:5], known), poses[:5])
+    with pytest.raises(ValueError, match="detections of some of"):
+        nearest_neighbour(replace(seen, detector_names=("ear",) * 13), known)
     torch.testing.assert_close(mean_pose(held, known)[3], poses.mean(0))
     errors = baseline_errors(persons, 6, 0, "test", pool=50)
     truth = held.need("joints_3d")[0]

@@ -9,6 +9,7 @@ from fasthyp.body.meshes import vertex_spread, write_mesh
 from fasthyp.body.outputs import BodyOutput, SMPLHOutput, SMPLOutput, SMPLXOutput
 from fasthyp.body.regressors import VertexMapping, load_regressor, load_smplx_to_smpl
 from fasthyp.body.skinning import (
+    Camera,
     FoldedJoints,
     SkinningModel,
     fold_joints,
@@ -16,10 +17,12 @@ from fasthyp.body.skinning import (
     lbs,
     prohmr_camera,
     project,
+    project_joints,
     regress_joints,
     weak_perspective,
 )
 from fasthyp.body.smpl import SMPL, SMPLH, SMPLX
+from fasthyp.body.star import STAR
 from fasthyp.body.stick import (
     STICK_POINTS,
     STICK_SHAPES,
@@ -33,11 +36,13 @@ __all__ = [
     "SMPL",
     "SMPLH",
     "SMPLX",
+    "STAR",
     "STICK_POINTS",
     "STICK_SHAPES",
     "AnnyBody",
     "BodyArrays",
     "BodyOutput",
+    "Camera",
     "FoldedJoints",
     "LinearBody",
     "ModelFileError",
@@ -60,6 +65,7 @@ __all__ = [
     "load_smplx_to_smpl",
     "prohmr_camera",
     "project",
+    "project_joints",
     "regress_joints",
     "save_arrays",
     "stick_body",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fasthyp.body.arrays import BodyArrays
-from fasthyp.body.landmarks import rotation_matrices
 from fasthyp.body.linear import LinearBody
 from fasthyp.body.outputs import BodyOutput
-from fasthyp.body.skinning import lbs, regress_joints
+from fasthyp.body.rotations import form_of, to_matrices
+from fasthyp.body.skinning import Camera, Rotation, project_joints, regress_joints
 from fasthyp.skeleton import COCO17_JOINTS, H36M17_JOINTS
 
 # Bones at whose heads Human3.6M's joints lie that COCO lacks.
@@ -131,23 +131,24 @@ class AnnyBody(LinearBody):
         transl: Tensor | None = None,
         pose2rot: bool = True,
         vertices: bool = True,
+        rotation: Rotation | None = None,
     ) -> BodyOutput:
         """Pose bodies.
 
         Args:
             betas: (B, S) of :meth:`shape`; the average person by default.
-            pose, transl, pose2rot, vertices: as for :class:`~fasthyp.body.LinearBody`.
+            pose, transl, pose2rot, vertices, rotation: as for :class:`~fasthyp.body.LinearBody`.
 
         Returns:
             Vertices (B, V, 3) m, without the bones' ones, and the heads of the bones (B, J, 3) m.
         """
-        betas, turned, moved, shown = self._turned(betas, pose, transl, pose2rot)
+        betas, turned, moved, shown = self._turned(betas, pose, transl, form_of(rotation, pose2rot))
         if vertices:
-            points, joints = lbs(betas, turned, *self._model(), pose2rot=False)
-            points = points[:, : self._visible] + moved[:, None]
+            points, joints = self._skin(betas, turned, moved, "matrix")
+            points = points[:, : self._visible]
         else:
-            points, joints = None, regress_joints(self._own_joints(), betas, turned, None, False)
-        return BodyOutput(vertices=points, joints=joints + moved[:, None], full_pose=shown)
+            points, joints = None, regress_joints(self._own_joints(), betas, turned, moved, False)
+        return BodyOutput(vertices=points, joints=joints, full_pose=shown)
 
     def joints(
         self,
@@ -156,15 +157,31 @@ class AnnyBody(LinearBody):
         transl: Tensor | None = None,
         regressor: Tensor | None = None,
         pose2rot: bool = True,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Joints without the mesh, as :meth:`fasthyp.body.LinearBody.joints`; for instance with
         ``regressor=body.coco17``."""
         folded = self._own_joints() if regressor is None else self._folded(regressor)
-        betas, turned, moved, _ = self._turned(betas, pose, transl, pose2rot)
+        betas, turned, moved, _ = self._turned(betas, pose, transl, form_of(rotation, pose2rot))
         return regress_joints(folded, betas, turned, moved, False)
 
+    def project_joints(
+        self,
+        camera: Camera,
+        betas: Tensor | None = None,
+        pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        regressor: Tensor | None = None,
+        pose2rot: bool = True,
+        rotation: Rotation | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`fasthyp.body.LinearBody.project_joints`."""
+        folded = self._own_joints() if regressor is None else self._folded(regressor)
+        betas, turned, moved, _ = self._turned(betas, pose, transl, form_of(rotation, pose2rot))
+        return project_joints(folded, betas, turned, camera, moved, False)
+
     def _turned(
-        self, betas: Tensor | None, pose: Tensor | None, transl: Tensor | None, pose2rot: bool
+        self, betas: Tensor | None, pose: Tensor | None, transl: Tensor | None, form: Rotation
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Shape, rotations in the form of skinning, and translation.
 
@@ -177,10 +194,8 @@ class AnnyBody(LinearBody):
         few = self._rows("betas", betas, self.num_betas)  # often one shape for many poses
         straight = self._straightening(few)
         head = self.v_template[self._visible] + few @ self.shapedirs[self._visible].T
-        betas, pose, transl = self._inputs(betas, pose, transl, pose2rot)
-        turns = pose
-        if pose2rot:
-            turns = rotation_matrices(pose.unflatten(1, (-1, 3)))
+        betas, pose, transl = self._inputs(betas, pose, transl, form)
+        turns = to_matrices(pose, form)
         above = straight[:, self.parents.clamp(min=0)]
         rows = torch.cat([turns[:, :1] @ straight[:, :1], (above.mT @ turns @ straight)[:, 1:]], 1)
         moved = -head if transl is None else transl - head

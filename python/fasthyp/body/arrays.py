@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ class BodyArrays:
         v_template: (V, 3) m, the rest vertices.
         shapedirs: (V, 3, S) m per unit of each shape coefficient.
         posedirs: (V, 3, 9 (J - 1)) m per element of the rotations of all joints but the root, less
-            the identity; or (V, 3, 0) for none.
+            the identity; of STAR (V, 3, 4 (J - 1) + 1), see :class:`~fasthyp.body.STAR`; or
+            (V, 3, 0) for none.
         J_regressor: (J, V), the rest joints from the rest vertices.
         parents: (J,) int64, each joint's parent, which comes before it; -1 for the root.
         weights: (V, J) skinning weights.
@@ -78,7 +79,11 @@ def checked(value: Any, name: str, shape: tuple[int | None, ...], source: str) -
     return array
 
 
-def body_arrays(source: str | os.PathLike[str] | Mapping[str, Any], name: str = "") -> BodyArrays:
+def body_arrays(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    name: str = "",
+    pose_features: Callable[[int], int] = lambda joints: 9 * (joints - 1),
+) -> BodyArrays:
     """The arrays of a model file, or of a mapping with the same names, checked.
 
     The names are those of the SMPL files: ``v_template``, ``shapedirs``, ``posedirs`` (optional),
@@ -87,6 +92,7 @@ def body_arrays(source: str | os.PathLike[str] | Mapping[str, Any], name: str = 
     Args:
         source: a path, or a mapping of names to NumPy arrays, tensors or SciPy matrices.
         name: what to call the source in messages; by default the path.
+        pose_features: how many pose blend shapes there are, if any, for a number of joints.
 
     Raises:
         ModelFileError: an array is missing, or is not what it should be.
@@ -123,9 +129,10 @@ def body_arrays(source: str | os.PathLike[str] | Mapping[str, Any], name: str = 
         raise ModelFileError(f"{label}: shapedirs: {shapedirs.shape[2]} shape coefficients")
     if "posedirs" in raw:
         posedirs = take("posedirs", vertices, 3, None)
-        if posedirs.shape[2] not in (0, 9 * (joints - 1)):
+        features = pose_features(joints)
+        if posedirs.shape[2] not in (0, features):
             raise ModelFileError(
-                f"{label}: posedirs: expected shape ({vertices}, 3, {9 * (joints - 1)}) for "
+                f"{label}: posedirs: expected shape ({vertices}, 3, {features}) for "
                 f"{joints} joints, got {posedirs.shape}"
             )
     else:

@@ -24,20 +24,18 @@ def on_faces(vertices: Tensor, faces: Tensor, face: Tensor, weights: Tensor) -> 
     return (vertices[rows, corners] * weights[..., None]).sum(2)
 
 
-def contour_entry(pose: Tensor, neck_chain: Tensor, pose2rot: bool) -> Tensor:
+def contour_entry(turns: Tensor, neck_chain: Tensor) -> Tensor:
     """Which of the 79 entries of SMPL-X's contour tables belongs to each body: by the turn of the
     neck about the vertical, in whole degrees, 0 to 39 to one side and 40 to 78 to the other.
 
     Args:
-        pose: (B, 3 J) axis angles or (B, J, 3, 3) matrices of all joints.
+        turns: (B, J, 3, 3) rotations of all joints.
         neck_chain: (N,) joints from the neck to the root.
 
     Returns:
         (B,) int64.
     """
-    turns = pose.detach()
-    if pose2rot:
-        turns = rotation_matrices(turns.unflatten(1, (-1, 3)))
+    turns = turns.detach()
     turn = torch.eye(3, dtype=turns.dtype, device=turns.device).expand(len(turns), 3, 3)
     for joint in neck_chain.tolist():
         turn = turns[:, joint] @ turn
@@ -45,11 +43,3 @@ def contour_entry(pose: Tensor, neck_chain: Tensor, pose2rot: bool) -> Tensor:
     angle = -torch.atan2(-turn[:, 2, 0], forward) * (180 / torch.pi)
     degrees = angle.clamp(max=39).round().long()
     return torch.where(degrees >= 0, degrees, (39 - degrees).clamp(max=78))
-
-
-def rotation_matrices(axis_angles: Tensor) -> Tensor:
-    """(..., 3) rad -> (..., 3, 3), the exponential of the cross product's matrix."""
-    x, y, z = axis_angles.unbind(-1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1)
-    return torch.linalg.matrix_exp(cross.unflatten(-1, (3, 3)))

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from fasthyp.body.arrays import BodyArrays, body_arrays
 from fasthyp.body.outputs import BodyOutput
-from fasthyp.body.skinning import fold_joints, lbs, regress_joints
+from fasthyp.body.rotations import form_of, in_form
+from fasthyp.body.skinning import (
+    Camera,
+    Rotation,
+    SkinningModel,
+    fold_joints,
+    project_joints,
+    regress_joints,
+)
+from fasthyp.reference.skinning import NUMBERS
 
 Arrays: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -96,6 +105,7 @@ class LinearBody(nn.Module):
         transl: Tensor | None = None,
         pose2rot: bool = True,
         vertices: bool = True,
+        rotation: Rotation | None = None,
     ) -> BodyOutput:
         """Pose bodies. Batches of one are repeated to the size of the others.
 
@@ -105,6 +115,9 @@ class LinearBody(nn.Module):
                 ``pose2rot=False``; the rest pose by default.
             transl: (B, 3) m.
             vertices: False leaves the mesh out, which then is not computed.
+            rotation: what the numbers of the pose are, instead of ``pose2rot``: ``"axis_angle"``,
+                ``"matrix"``, or 6D (B, 6 J) or (B, J, 6) in one of its conventions, ``"columns"``
+                (ProHMR), ``"interleaved"`` (SPIN, POCO), ``"rows"`` (PyTorch3D, HUMR).
 
         Returns:
             Vertices (B, V, 3) m, or None, and the skeleton's joints (B, J, 3) m.
@@ -112,14 +125,14 @@ class LinearBody(nn.Module):
         Raises:
             TypeError, ValueError: an argument of another type or shape.
         """
-        betas, pose, transl = self._inputs(betas, pose, transl, pose2rot)
+        form = form_of(rotation, pose2rot)
+        betas, pose, transl = self._inputs(betas, pose, transl, form)
+        shape = self._coefficients(betas, pose, form)
         if vertices:
-            points, joints = self._skin(betas, pose, pose2rot)
+            points, joints = self._skin(shape, pose, transl, form)
         else:
-            points, joints = None, regress_joints(self._own_joints(), betas, pose, None, pose2rot)
-        if transl is not None:
-            joints = joints + transl[:, None]
-            points = None if points is None else moved(points, transl)
+            own = self._own_joints()
+            points, joints = None, regress_joints(own, shape, pose, transl, rotation=form)
         return BodyOutput(vertices=points, joints=joints, full_pose=pose, transl=transl)
 
     def joints(
@@ -129,11 +142,12 @@ class LinearBody(nn.Module):
         transl: Tensor | None = None,
         regressor: Tensor | None = None,
         pose2rot: bool = True,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Joints without the mesh, exactly those that a regressor of its vertices would give.
 
         Args:
-            betas, pose, transl, pose2rot: as in a call.
+            betas, pose, transl, pose2rot, rotation: as in a call.
             regressor: (K, V), dense or sparse; by default the skeleton's joints. It is folded into
                 the model once; pass the same tensor again.
 
@@ -144,19 +158,51 @@ class LinearBody(nn.Module):
             TypeError, ValueError: an argument of another type or shape.
         """
         folded = self._own_joints() if regressor is None else self._folded(regressor)
-        return regress_joints(folded, *self._inputs(betas, pose, transl, pose2rot), pose2rot)
+        form = form_of(rotation, pose2rot)
+        betas, pose, transl = self._inputs(betas, pose, transl, form)
+        shape = self._coefficients(betas, pose, form)
+        return regress_joints(folded, shape, pose, transl, rotation=form)
+
+    def project_joints(
+        self,
+        camera: Camera,
+        betas: Tensor | None = None,
+        pose: Tensor | None = None,
+        transl: Tensor | None = None,
+        regressor: Tensor | None = None,
+        pose2rot: bool = True,
+        rotation: Rotation | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Those joints in the image (B, K, 2) and in space (B, K, 3), in one pass.
+
+        Args:
+            camera: one for all bodies or one for each.
+            others: as for :meth:`joints`.
+
+        Raises:
+            TypeError, ValueError: an argument of another type or shape.
+        """
+        folded = self._own_joints() if regressor is None else self._folded(regressor)
+        form = form_of(rotation, pose2rot)
+        betas, pose, transl = self._inputs(betas, pose, transl, form)
+        shape = self._coefficients(betas, pose, form)
+        return project_joints(folded, shape, pose, camera, transl, rotation=form)
+
+    def _coefficients(self, betas: Tensor, pose: Tensor, form: Rotation) -> Tensor:
+        """What the blend shapes of :meth:`_model` are multiplied with."""
+        return betas
 
     def _inputs(
-        self, betas: Tensor | None, pose: Tensor | None, transl: Tensor | None, pose2rot: bool
+        self, betas: Tensor | None, pose: Tensor | None, transl: Tensor | None, form: Rotation
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         joints = len(self.parents)
         if betas is None:
             betas = self.v_template.new_zeros(1, self.num_betas)
         if pose is None:
-            pose = self._rest(joints, pose2rot)
+            pose = self._rest(joints, form)
         values = {
             "betas": self._rows("betas", betas, self.num_betas),
-            "pose": self._rotations("pose", pose, joints, pose2rot),
+            "pose": self._rotations("pose", pose, joints, form),
             "transl": None if transl is None else self._rows("transl", transl, 3),
         }
         sized = broadcast(values)
@@ -176,8 +222,12 @@ class LinearBody(nn.Module):
     def _all_shapedirs(self) -> Tensor:
         return self.shapedirs
 
-    def _skin(self, shape: Tensor, pose: Tensor, pose2rot: bool) -> tuple[Tensor, Tensor]:
-        return lbs(shape, pose, *self._model(), pose2rot=pose2rot)
+    def _skin(
+        self, shape: Tensor, pose: Tensor, transl: Tensor | None, form: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        arrays = self._model()
+        model = self._cached(("skinning",), arrays, lambda: SkinningModel(*arrays))
+        return model(shape, pose, transl, form)
 
     def _folded(self, regressor: Tensor) -> Any:
         if not isinstance(regressor, Tensor):
@@ -190,7 +240,9 @@ class LinearBody(nn.Module):
 
         def make() -> Any:
             dense = regressor.to_dense() if regressor.layout != torch.strided else regressor
-            return fold_joints(*self._model(), dense.detach().to(self.v_template))
+            more = len(self._model()[0]) - vertices  # of models with vertices that are not seen
+            dense = nn.functional.pad(dense.detach().to(self.v_template), (0, more))
+            return fold_joints(*self._model(), dense)
 
         return self._cached(("fold", id(regressor)), (regressor, *self._model()), make)
 
@@ -256,11 +308,13 @@ class LinearBody(nn.Module):
         state.pop("_cache", None)
         return state
 
-    def _rest(self, joints: int, pose2rot: bool) -> Tensor:
-        if pose2rot:
+    def _rest(self, joints: int, form: Rotation) -> Tensor:
+        if form == "axis_angle":
             return self.v_template.new_zeros(1, 3 * joints)
         eye = torch.eye(3, dtype=self.v_template.dtype, device=self.v_template.device)
-        return eye.expand(1, joints, 3, 3)
+        if form == "matrix":
+            return eye.expand(1, joints, 3, 3)
+        return in_form(self.v_template.new_zeros(1, 3), form).repeat(1, joints)
 
     def _tensor(self, name: str, value: Any) -> Tensor:
         """``value`` in the model's type, to which half precision is raised."""
@@ -281,29 +335,23 @@ class LinearBody(nn.Module):
             raise ValueError(f"{name}: expected shape (B, {width}), got {tuple(value.shape)}")
         return value
 
-    def _rotations(self, name: str, value: Any, joints: int, pose2rot: bool) -> Tensor:
-        """(B, 3 J) or (B, J, 3, 3) of what is given in one of the usual shapes."""
+    def _rotations(self, name: str, value: Any, joints: int, form: Rotation) -> Tensor:
+        """(B, 3 J), (B, J, 3, 3) or (B, 6 J) of what is given in one of the usual shapes."""
         value = self._tensor(name, value)
-        shape, each = tuple(value.shape), 3 if pose2rot else 9
-        fits = [(each * joints,), (joints, each)] + ([] if pose2rot else [(joints, 3, 3)])
-        if joints == 1 and not pose2rot:
-            fits.append((3, 3))
+        shape, each = tuple(value.shape), NUMBERS[form]
+        flat = (each * joints,)
+        fits = [flat, (joints, each)]
+        if form == "matrix":
+            fits += [(joints, 3, 3)] + [(3, 3)] * (joints == 1)
         if shape[1:] not in fits:
-            wanted = (
-                f"(B, {3 * joints}) or (B, {joints}, 3)" if pose2rot else f"(B, {joints}, 3, 3)"
-            )
-            raise ValueError(
-                f"{name}: expected {'axis angles' if pose2rot else 'rotation matrices'} of shape "
-                f"{wanted}, got {shape}"
-            )
-        return value.reshape(shape[0], *((3 * joints,) if pose2rot else (joints, 3, 3)))
-
-
-def moved(vertices: Tensor, transl: Tensor) -> Tensor:
-    """Vertices (B, V, 3) just computed, moved by (B, 3); without gradients, in their own memory."""
-    if torch.is_grad_enabled() and (vertices.requires_grad or transl.requires_grad):
-        return vertices + transl[:, None]
-    return vertices.add_(transl[:, None])
+            what, wanted = "axis angles", f"(B, {3 * joints}) or (B, {joints}, 3)"
+            if form == "matrix":
+                what, wanted = "rotation matrices", f"(B, {joints}, 3, 3)"
+            elif form != "axis_angle":
+                what, wanted = f"6D {form}", f"(B, {6 * joints}) or (B, {joints}, 6)"
+            raise ValueError(f"{name}: expected {what} of shape {wanted}, got {shape}")
+        wide = (joints, 3, 3) if form == "matrix" else flat
+        return value if shape[1:] == wide else value.reshape(shape[0], *wide)
 
 
 def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -313,18 +361,20 @@ def broadcast(values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         ValueError: two sizes other than one.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    sizes = {value.shape[0] for value in given.values()} - {1}
+    sizes = {value.shape[0] for value in given.values()}
+    if len(sizes) == 1:
+        return given
+    sizes.discard(1)
     if len(sizes) > 1:
         found = ", ".join(f"{name} {value.shape[0]}" for name, value in given.items())
         raise ValueError(f"batch: expected one size, or one body, in all arguments; got {found}")
-    size = sizes.pop() if sizes else 1
+    size = sizes.pop()
     return {
         name: value if value.shape[0] == size else value.expand(size, *value.shape[1:])
         for name, value in given.items()
     }
 
 
-def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+def _stamp(tensor: Tensor) -> tuple[int, int, int]:
     version = 0 if tensor.is_inference() else tensor._version
-    place = tensor.data_ptr() if tensor.layout == torch.strided else 0
-    return id(tensor), place, tensor.device, tensor.dtype, version
+    return id(tensor), tensor.data_ptr() if tensor.layout == torch.strided else 0, version

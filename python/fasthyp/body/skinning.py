@@ -137,14 +137,14 @@ class SkinningModel:
         pose, rotation = _joint_numbers(pose, rotation, joints)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self.arrays):
             shapes = self.shapedirs.shape[-1]
-            ops.check_bodies(betas, pose, transl, shapes, joints, self.v_template)
+            ops.check_bodies(betas, pose, transl, None, shapes, joints, self.v_template)
             dense = self.J_regressor.to_dense()
             found = reference.lbs(
                 *(betas, pose, transl, self.v_template, self.shapedirs, self.posedirs),
                 *(dense, self.parents.tolist(), self.lbs_weights, rotation),
             )
             return found if vertices else (betas.new_empty(0), found[1])
-        return self.points()(betas, pose, transl, rotation, vertices)
+        return self.points()(betas, pose, transl, rotation, vertices)[:2]
 
     def vertices(
         self,
@@ -287,7 +287,107 @@ def regress_joints(
     return folded.points(betas, pose, transl, rotation)[0]
 
 
+def project_joints(
+    folded: FoldedJoints,
+    betas: Tensor,
+    pose: Tensor,
+    camera: Camera,
+    transl: Tensor | None = None,
+    pose2rot: bool = True,
+    rotation: Rotation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Joints in the image (B, K, 2) and in space (B, K, 3), in one pass and without vertices.
+
+    The same numbers as :func:`regress_joints` and then :func:`project` or
+    :func:`weak_perspective`, with gradients by the camera too.
+
+    Args:
+        camera: one for all bodies or one for each.
+        others: as for :func:`regress_joints`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(folded, FoldedJoints):
+        raise TypeError(f"folded: expected FoldedJoints, got {type(folded).__name__}")
+    if not isinstance(camera, Camera):
+        raise TypeError(f"camera: expected a Camera, got {type(camera).__name__}")
+    if rotation is None:
+        rotation = "axis_angle" if pose2rot else "matrix"
+    pose, rotation = _joint_numbers(pose, rotation, folded.points.parents.numel())
+    joints, _, points = folded.points(betas, pose, transl, rotation, camera=camera.numbers)
+    return points, joints
+
+
 # --- cameras ---
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """Cameras of :func:`project_joints`, made by one of the methods below.
+
+    Attributes:
+        numbers: (B, 3), scale and shift of the weak perspective, or (B, 7), translation, focal
+            lengths and centre of the perspective.
+    """
+
+    numbers: Tensor
+
+    def __call__(self, joints: Tensor) -> Tensor:
+        """Joints (B, N, 3) in the image, (B, N, 2)."""
+        _check_shape("joints", joints, (None, None, 3))
+        return reference.project(joints, self.numbers)
+
+    @classmethod
+    def weak(cls, camera: Tensor) -> Camera:
+        """:func:`weak_perspective`'s, (s, t_x, t_y) (B, 3)."""
+        _check_shape("camera", camera, (None, 3))
+        return cls(camera)
+
+    @classmethod
+    def perspective(
+        cls,
+        translation: Tensor,
+        focal_length: Tensor | float,
+        camera_center: Tensor | None = None,
+    ) -> Camera:
+        """:func:`project`'s, with its arguments."""
+        _check_shape("translation", translation, (None, 3))
+        rows = len(translation)
+        focal = torch.as_tensor(focal_length, dtype=translation.dtype, device=translation.device)
+        if focal.ndim == 1:
+            focal = focal[:, None]
+        center = translation.new_zeros(2) if camera_center is None else camera_center
+        parts = translation, focal.expand(rows, 2), center.expand(rows, 2)
+        return cls(torch.cat(parts, 1))
+
+    @classmethod
+    def prohmr(
+        cls, camera: Tensor, focal_length: float = 5000.0, image_size: float = 224.0
+    ) -> Camera:
+        """ProHMR's: :func:`prohmr_camera`, and results in sides of the image from its middle."""
+        translation = prohmr_camera(camera, focal_length, image_size)
+        return cls.perspective(translation, focal_length / image_size)
+
+    @classmethod
+    def humr(
+        cls,
+        camera: Tensor,
+        bbox_height: Tensor,
+        bbox_center: Tensor,
+        image_width: Tensor | float,
+        image_height: Tensor | float,
+        focal_length: Tensor | float,
+    ) -> Camera:
+        """HUMR's: :func:`humr_camera` with its arguments, and results in pixels of the image."""
+        translation = humr_camera(
+            camera, bbox_height, bbox_center, image_width, image_height, focal_length
+        )
+        middle = [
+            torch.as_tensor(side, dtype=camera.dtype, device=camera.device).expand(len(camera)) / 2
+            for side in (image_width, image_height)
+        ]
+        return cls.perspective(translation, focal_length, torch.stack(middle, 1))
 
 
 def project(
@@ -471,7 +571,9 @@ def _joint_numbers(pose: Tensor, rotation: str | None, joints: int) -> tuple[Ten
         raise TypeError(f"pose: expected a torch.Tensor, got {type(pose).__name__}")
     if rotation is not None and rotation not in ops.ROTATIONS:
         raise ValueError(f"rotation: expected one of {', '.join(ops.ROTATIONS)}, got {rotation!r}")
-    flat = pose.flatten(1) if pose.ndim > 1 else pose
+    if rotation is not None and pose.shape[1:] == (joints, reference.NUMBERS[rotation]):
+        return pose, rotation  # type: ignore[return-value]
+    flat = pose.flatten(1) if pose.ndim > 2 else pose
     if rotation is None:
         numbers = flat.shape[1] // joints if flat.ndim == 2 else 0
         rotation = {3: "axis_angle", 9: "matrix"}.get(numbers)
@@ -486,7 +588,7 @@ def _joint_numbers(pose: Tensor, rotation: str | None, joints: int) -> tuple[Ten
             f"pose: expected {numbers} numbers ({rotation}) for each of {joints} joints, "
             f"got shape {tuple(pose.shape)}"
         )
-    return flat.unflatten(1, (joints, numbers)), rotation  # type: ignore[return-value]
+    return flat.reshape(len(flat), joints, numbers), rotation  # type: ignore[return-value]
 
 
 def _stamp(tensors: tuple[Tensor | None, ...]) -> Any:

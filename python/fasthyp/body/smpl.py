@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from fasthyp.body.arrays import BodyArrays, body_arrays, checked, find_model_file
 from fasthyp.body.files import load_arrays
-from fasthyp.body.landmarks import contour_entry, on_faces, rotation_matrices
-from fasthyp.body.linear import LinearBody, broadcast, moved
+from fasthyp.body.landmarks import contour_entry, on_faces
+from fasthyp.body.linear import LinearBody, broadcast
 from fasthyp.body.outputs import SMPLHOutput, SMPLOutput, SMPLXOutput
-from fasthyp.body.skinning import regress_joints
+from fasthyp.body.rotations import form_of, in_form, to_matrices
+from fasthyp.body.skinning import Camera, Rotation, project_joints, regress_joints
 from fasthyp.body.vertex_joints import VERTEX_IDS, VertexJointSelector
 
 _HAND = 15
@@ -197,6 +198,7 @@ class SMPL(LinearBody):
         return_full_pose: bool = False,
         pose2rot: bool = True,
         vertices: bool = True,
+        rotation: Rotation | None = None,
         **others: Any,
     ) -> Any:
         """Pose bodies. What is not given is the model's own parameter, or zero without one.
@@ -212,6 +214,10 @@ class SMPL(LinearBody):
                 computed.
             return_full_pose: whether the output has all rotations together.
             pose2rot: whether poses are axis angles.
+            rotation: what the numbers of all poses that are given are, instead of ``pose2rot``:
+                ``"axis_angle"``, ``"matrix"``, or 6D (B, 6 J) or (B, J, 6) in one of its
+                conventions, ``"columns"`` (ProHMR), ``"interleaved"`` (SPIN, POCO), ``"rows"``
+                (PyTorch3D, HUMR).
 
         Returns:
             :class:`~fasthyp.body.outputs.SMPLOutput`: joints (B, 45, 3) are the 24 of the skeleton,
@@ -222,8 +228,8 @@ class SMPL(LinearBody):
         """
         parts = {"global_orient": global_orient, "body_pose": body_pose}
         _no_others(others)
-        mesh = return_verts and vertices
-        return self._run(parts, betas, None, transl, mesh, return_full_pose, pose2rot)
+        mesh, form = return_verts and vertices, form_of(rotation, pose2rot)
+        return self._run(parts, betas, None, transl, mesh, return_full_pose, form)
 
     def joints(  # type: ignore[override]
         self,
@@ -234,12 +240,13 @@ class SMPL(LinearBody):
         regressor: Tensor | None = None,
         pose2rot: bool = True,
         expression: Tensor | None = None,
+        rotation: Rotation | None = None,
         **parts: Tensor | None,
     ) -> Tensor:
         """Joints without the mesh, exactly those that a regressor of its vertices would give.
 
         Args:
-            betas, body_pose, global_orient, transl, pose2rot: as in a call.
+            betas, body_pose, global_orient, transl, pose2rot, rotation: as in a call.
             regressor: (K, V), dense or sparse, for instance of
                 :func:`~fasthyp.body.load_regressor`; by default the joints of a call. It is folded
                 into the model once; pass the same tensor again.
@@ -252,16 +259,54 @@ class SMPL(LinearBody):
         Raises:
             TypeError, ValueError: an argument of another name, type or shape.
         """
+        parts = self._known(parts, global_orient, body_pose)
+        form = form_of(rotation, pose2rot)
+        if regressor is None:
+            return self._run(parts, betas, expression, transl, False, False, form).joints
+        folded = self._folded(regressor)
+        inputs = self._parts(parts, betas, expression, transl, form)
+        shape, pose = inputs["shape"], inputs["pose"]
+        return regress_joints(folded, shape, pose, inputs.get("transl"), rotation=form)
+
+    def project_joints(  # type: ignore[override]
+        self,
+        camera: Camera,
+        betas: Tensor | None = None,
+        body_pose: Tensor | None = None,
+        global_orient: Tensor | None = None,
+        transl: Tensor | None = None,
+        regressor: Tensor | None = None,
+        pose2rot: bool = True,
+        expression: Tensor | None = None,
+        rotation: Rotation | None = None,
+        **parts: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Those joints in the image (B, K, 2) and in space (B, K, 3), in one pass; a joint mapper
+        and the contour of SMPL-X's face are taken first.
+
+        Args:
+            camera: one for all bodies or one for each.
+            others: as for :meth:`joints`.
+
+        Raises:
+            TypeError, ValueError: an argument of another name, type or shape.
+        """
+        parts = self._known(parts, global_orient, body_pose)
+        form = form_of(rotation, pose2rot)
+        if regressor is None and (self.joint_mapper is not None or self._needs_mesh()):
+            joints = self._run(parts, betas, expression, transl, False, False, form).joints
+            return camera(joints), joints
+        folded = self._own_joints() if regressor is None else self._folded(regressor)
+        inputs = self._parts(parts, betas, expression, transl, form)
+        shape, pose = inputs["shape"], inputs["pose"]
+        return project_joints(folded, shape, pose, camera, inputs.get("transl"), rotation=form)
+
+    def _known(
+        self, parts: dict[str, Tensor | None], global_orient: Any, body_pose: Any
+    ) -> dict[str, Tensor | None]:
         known = {name for name, _ in self._PARTS}
         _no_others({name: value for name, value in parts.items() if name not in known})
-        parts = {**parts, "global_orient": global_orient, "body_pose": body_pose}
-        if regressor is None:
-            return self._run(parts, betas, expression, transl, False, False, pose2rot).joints
-        folded = self._folded(regressor)
-        inputs = self._parts(parts, betas, expression, transl, pose2rot)
-        return regress_joints(
-            folded, inputs["shape"], inputs["pose"], inputs.get("transl"), pose2rot
-        )
+        return {**parts, "global_orient": global_orient, "body_pose": body_pose}
 
     def _run(
         self,
@@ -271,33 +316,32 @@ class SMPL(LinearBody):
         transl: Tensor | None,
         mesh: bool,
         full_pose: bool,
-        pose2rot: bool,
+        form: Rotation,
         shaped: bool = False,
     ) -> Any:
-        inputs = self._parts(given, betas, expression, transl, pose2rot)
-        shape, pose = inputs["shape"], inputs["pose"]
+        inputs = self._parts(given, betas, expression, transl, form)
+        shape, pose, shift = inputs["shape"], inputs["pose"], inputs.get("transl")
+        early = shift if self.joint_mapper is None else None  # a mapper sees bodies not yet moved
         if mesh or self._needs_mesh():
-            vertices, skeleton = self._skin(shape, pose, pose2rot)
-            joints = self._appended(vertices, skeleton, pose, pose2rot)
+            vertices, skeleton = self._skin(shape, pose, early, form)
+            joints = self._appended(vertices, skeleton, pose, form)
         else:
-            vertices, joints = None, regress_joints(self._own_joints(), shape, pose, None, pose2rot)
+            own = self._own_joints()
+            vertices, joints = None, regress_joints(own, shape, pose, early, rotation=form)
         if self.joint_mapper is not None:
             joints = self._mapped(joints, vertices)
-        if "transl" in inputs:
-            joints = joints + inputs["transl"][:, None]
-            vertices = None if vertices is None else moved(vertices, inputs["transl"])
+            if shift is not None:
+                joints = joints + shift[:, None]
+                vertices = None if vertices is None else vertices + shift[:, None]
         fields = {name: inputs[name] for name in self._reported()}
         if shaped:
             fields["v_shaped"] = self._shaped(inputs["betas"])
         return self._output(
             vertices=vertices if mesh else None,
             joints=joints,
-            full_pose=self._shown(pose, pose2rot) if full_pose else None,
+            full_pose=pose if full_pose else None,
             **fields,
         )
-
-    def _shown(self, pose: Tensor, pose2rot: bool) -> Tensor:
-        return pose
 
     def _reported(self) -> tuple[str, ...]:
         return ("betas", "global_orient", "body_pose")
@@ -309,7 +353,7 @@ class SMPL(LinearBody):
         assert self.joint_mapper is not None
         return self.joint_mapper(joints)
 
-    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, pose2rot: bool) -> Tensor:
+    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, form: Rotation) -> Tensor:
         return self.vertex_joint_selector(vertices, joints)
 
     def _point_buffers(self) -> tuple[Tensor, ...]:
@@ -325,7 +369,7 @@ class SMPL(LinearBody):
         betas: Tensor | None,
         expression: Tensor | None,
         transl: Tensor | None,
-        pose2rot: bool,
+        form: Rotation,
     ) -> dict[str, Tensor]:
         """All inputs at one batch size: ``shape``, ``pose`` and ``transl`` for skinning, and what
         the output repeats."""
@@ -344,7 +388,7 @@ class SMPL(LinearBody):
         shown: dict[str, Tensor | None] = {}
         pose: dict[str, Tensor | None] = {}
         for name, joints in self._PARTS:
-            shown[name], pose[name] = self._part(name, joints, given.get(name), pose2rot)
+            shown[name], pose[name] = self._part(name, joints, given.get(name), form)
         own = getattr(self, "transl", None) if transl is None else transl
         shift = None if own is None else self._rows("transl", own, 3)
         sized = broadcast({**shape, **pose, "transl": shift})
@@ -354,24 +398,22 @@ class SMPL(LinearBody):
         out["shape"] = (
             torch.cat([sized[name] for name in shape], 1) if len(shape) > 1 else sized["betas"]
         )
-        out["pose"] = self._with_mean(rows) if pose2rot else rows
+        out["pose"] = self._with_mean(rows) if form == "axis_angle" else rows
         if "transl" in sized:
             out["transl"] = sized["transl"]
         return out
 
     def _part(
-        self, name: str, joints: int, value: Tensor | None, pose2rot: bool
+        self, name: str, joints: int, value: Tensor | None, form: Rotation
     ) -> tuple[Tensor | None, Tensor]:
         """One part of the pose: as the output shows it (None: as skinning takes it), and as rows
         for skinning."""
         own: Tensor | None = getattr(self, name, None)
         if value is not None:
-            return value, self._rotations(name, value, joints, pose2rot)
+            return value, self._rotations(name, value, joints, form)
         if own is None:
-            return None, self._rest(joints, pose2rot)
-        if pose2rot:
-            return own, own
-        turned = rotation_matrices(own.unflatten(1, (joints, 3)))
+            return None, self._rest(joints, form)
+        turned = in_form(own, form)
         return turned, turned
 
     def _with_mean(self, pose: Tensor) -> Tensor:
@@ -457,25 +499,24 @@ class SMPLH(SMPL):
         return pose + self.pose_mean
 
     def _part(
-        self, name: str, joints: int, value: Tensor | None, pose2rot: bool
+        self, name: str, joints: int, value: Tensor | None, form: Rotation
     ) -> tuple[Tensor | None, Tensor]:
-        if name not in _HANDS or (value is not None and not pose2rot):
-            return super()._part(name, joints, value, pose2rot)
+        if name not in _HANDS or (value is not None and form != "axis_angle"):
+            return super()._part(name, joints, value, form)
         value = getattr(self, name, None) if value is None else value
         side = name.removesuffix("_pose")
         if value is None:
-            angles = self._rest(joints, True)
-            if not pose2rot:  # a model without parameters: the flat hand, as smplx's layers
-                return super()._part(name, joints, value, pose2rot)
+            angles = self._rest(joints, "axis_angle")
+            if form != "axis_angle":  # without parameters: the flat hand, as smplx's layers
+                return super()._part(name, joints, value, form)
         elif self.use_pca:
             components = getattr(self, f"{side}_components")
             angles = self._rows(name, value, len(components)) @ components
         else:
-            angles = self._rotations(name, value, joints, True)
-        if pose2rot:
+            angles = self._rotations(name, value, joints, "axis_angle")
+        if form == "axis_angle":
             return angles, angles
-        mean = getattr(self, f"{side}_mean")
-        turned = rotation_matrices((angles + mean).unflatten(1, (joints, 3)))
+        turned = in_form(angles + getattr(self, f"{side}_mean"), form)
         return turned, turned
 
     def forward(  # type: ignore[override]
@@ -490,6 +531,7 @@ class SMPLH(SMPL):
         return_full_pose: bool = False,
         pose2rot: bool = True,
         vertices: bool = True,
+        rotation: Rotation | None = None,
         **others: Any,
     ) -> Any:
         """Pose bodies, as :meth:`SMPL.forward`.
@@ -509,8 +551,8 @@ class SMPLH(SMPL):
             "right_hand_pose": right_hand_pose,
         }
         _no_others(others)
-        mesh = return_verts and vertices
-        return self._run(parts, betas, None, transl, mesh, return_full_pose, pose2rot)
+        mesh, form = return_verts and vertices, form_of(rotation, pose2rot)
+        return self._run(parts, betas, None, transl, mesh, return_full_pose, form)
 
 
 class SMPLX(SMPLH):
@@ -641,12 +683,12 @@ class SMPLX(SMPLH):
         parts = (self.shapedirs, self.expr_dirs)
         return self._cached(("shapedirs",), parts, lambda: torch.cat(parts, 2))
 
-    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, pose2rot: bool) -> Tensor:
-        joints = super()._appended(vertices, joints, pose, pose2rot)
+    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, form: Rotation) -> Tensor:
+        joints = super()._appended(vertices, joints, pose, form)
         faces = self.faces_tensor
         found = [on_faces(vertices, faces, self.lmk_faces_idx, self.lmk_bary_coords)]
         if self.use_face_contour:
-            entry = contour_entry(pose, self.neck_kin_chain, pose2rot)
+            entry = contour_entry(to_matrices(pose, form), self.neck_kin_chain)
             face, weight = self.dynamic_lmk_faces_idx[entry], self.dynamic_lmk_bary_coords[entry]
             found.append(on_faces(vertices, faces, face, weight))
         return torch.cat([joints, *found], 1)
@@ -683,6 +725,7 @@ class SMPLX(SMPLH):
         pose2rot: bool = True,
         return_shaped: bool = True,
         vertices: bool = True,
+        rotation: Rotation | None = None,
         **others: Any,
     ) -> Any:
         """Pose bodies, as :meth:`SMPLH.forward`.
@@ -713,7 +756,7 @@ class SMPLX(SMPLH):
             transl,
             return_verts and vertices,
             return_full_pose,
-            pose2rot,
+            form_of(rotation, pose2rot),
             return_shaped and vertices,
         )
 

@@ -60,4 +60,4 @@ class VertexJointSelector(nn.Module):
         self.register_buffer("extra_joints_idxs", chosen)
 
     def forward(self, vertices: Tensor, joints: Tensor) -> Tensor:
-        return torch.cat([joints, vertices[:, self.extra_joints_idxs]], 1)
+        return torch.cat([joints, vertices.index_select(1, self.extra_joints_idxs)], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +55,8 @@ def run(
 
     recipe = kind(recipe_config, kind.make_source(recipe_config, data, validation))
     train(recipe, out, resume, progress, devices, tensorboard)
-    print(f"wrote {out / 'model'}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"wrote {out / 'model'}")
 
 
 def _train_lifting(

@@ -82,9 +82,6 @@ class Regression(PretrainedModel):
 
     def forward(self, features: Tensor) -> Tensor:
         """Poses (B, 17, 3) in metres of features (B, C)."""
-        if features.ndim != 2 or features.shape[1] != self.config.features:
-            expected = self.config.features
-            raise ValueError(f"features: expected (B, {expected}), got {tuple(features.shape)}")
         return self._pose(features)[0]
 
     def parameters_of(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +94,9 @@ class Regression(PretrainedModel):
         return rotations, numbers[:, number:]
 
     def _pose(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        if features.ndim != 2 or features.shape[1] != self.config.features:
+            expected = self.config.features
+            raise ValueError(f"features: expected (B, {expected}), got {tuple(features.shape)}")
         if self.body is None:
             numbers = self.head(self.trunk(features)).float()
             return numbers.unflatten(1, (len(H36M17_JOINTS), 3)), None

@@ -18,6 +18,8 @@ ROTATIONS = ("axis_angle", "matrix", "columns", "interleaved", "rows")
 columns of the matrix one after the other (ProHMR), row by row (SPIN, POCO, HuManiFlow), and its
 first two rows (PyTorch3D, HUMR)."""
 NUMBERS = {"axis_angle": 3, "matrix": 9, "columns": 6, "interleaved": 6, "rows": 6}
+WEAK, PERSPECTIVE = 3, 7
+"""Numbers of a camera, see :func:`project`."""
 TILE = 8
 """Points that are stored together."""
 
@@ -63,6 +65,15 @@ def rigid_transforms(
         posed.append((turned[p] @ step)[..., 0] + posed[p])
     joints, bones = torch.stack(posed, 1), torch.stack(turned, 1)
     return joints, bones, joints - (bones @ rest[..., None])[..., 0]
+
+
+def project(points: Tensor, camera: Tensor) -> Tensor:
+    """Projections (B, N, 2) of points (B, N, 3) by cameras (B, 3), s and t of the weak perspective
+    s (x + t), or (B, 7), t, f and c of the perspective f (X + t) / (Z + t_z) + c."""
+    if camera.shape[-1] == WEAK:
+        return camera[:, None, :1] * (points[..., :2] + camera[:, None, 1:])
+    moved = points + camera[:, None, :3]
+    return camera[:, None, 3:5] * moved[..., :2] / moved[..., 2:] + camera[:, None, 5:]
 
 
 def _batch(*tensors: Tensor | None) -> int:
@@ -128,9 +139,11 @@ def skin(
     rotation: str,
     outputs: int,
     want_outputs: bool,
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, outputs, 3), empty unless wanted, and joints (B, J, 3)."""
-    batch = _batch(betas, pose, transl)
+    camera: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs (B, outputs, 3), empty unless wanted, joints (B, J, 3), and the projected outputs
+    (B, outputs, 2), empty without cameras."""
+    batch = _batch(betas, pose, transl, camera)
     matrices = to_matrices(pose, rotation).expand(batch, -1, -1, -1)
     betas = betas.expand(batch, -1)
     at_rest = rest + torch.einsum("bs,jis->bji", betas, rest_shapes)
@@ -138,12 +151,12 @@ def skin(
     shift: Any = 0 if transl is None else transl[:, None]
     joints = joints + shift
     if not want_outputs:
-        return betas.new_empty(0), joints
+        return betas.new_empty(0), joints, betas.new_empty(0)
     points = starts.numel() - 1
     tiles = torch.repeat_interleave(torch.arange(len(base), device=bones.device), row_starts.diff())
     products = features[:, rows, None] * columns
     places = features.new_zeros(batch, *base.shape).index_add(1, tiles, products) + base
-    places = places.reshape(batch, -1, 3)[:, :points]
+    places = places.reshape(batch, len(base) * TILE, 3)[:, :points]
     owners = torch.repeat_interleave(torch.arange(points, device=bones.device), starts.diff())
     dense = weights.new_zeros(2, points, parents.numel())
     dense = dense.index_put(
@@ -153,4 +166,5 @@ def skin(
     found = (turns @ places[..., None])[..., 0] + torch.einsum("pj,bji->bpi", dense[1], shifts)
     if targets is not None:
         found = found.new_zeros(batch, outputs, 3).index_add(1, targets, found)
-    return found + (shift if lift is None else lift[:, None] * shift), joints
+    found = found + (shift if lift is None else lift[:, None] * shift)
+    return found, joints, betas.new_empty(0) if camera is None else project(found, camera)

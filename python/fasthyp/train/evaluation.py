@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fasthyp.data.mocap import load_cmu
-from fasthyp.data.simulate import PoseSimulator, SimulatedBatch, SimulationConfig
+from fasthyp.data.simulate import PoseSimulator, SimulationConfig
 from fasthyp.metrics import confidence_rank, mpjpe, over_hypotheses, sharpness
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.skeleton import COCO13_JOINTS, COCO17_TO_COCO13
+from fasthyp.train.baselines import nearest_2d
 
 _CHUNK = 128
 _FARTHEST = 1.5
@@ -89,7 +90,7 @@ def evaluate_lifting(
 
     truth = persons.clean_pose
     mean_pose = known.clean_pose.mean(0)
-    nearest = known.clean_pose[_nearest_2d(persons, known)]
+    nearest = known.clean_pose[nearest_2d(persons.mean, persons.covariance, known.true_mean)]
     covered = [(torch.cat(ranks) <= level).double().mean(0) for level in (0.5, 0.9)]
     subject = test.subject[chosen]
 
@@ -118,26 +119,6 @@ def evaluate_lifting(
         "inside_90": dict(zip(COCO13_JOINTS, covered[1].tolist(), strict=True)),
         "implausible": implausible / (len(chosen) * max(1, num_samples - 1)),
     }
-
-
-def _nearest_2d(persons: SimulatedBatch, known: SimulatedBatch) -> Tensor:
-    """Index (B,) of the known pose with the smallest precision-weighted 2D distance."""
-
-    def normalise(points: Tensor) -> Tensor:
-        points = points - points.mean(1, keepdim=True)
-        return points / points.square().sum((1, 2), keepdim=True).sqrt()
-
-    weight = 1 / (persons.covariance.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1)
-    weight = weight.expand(-1, -1, 2).flatten(1)
-    query = normalise(persons.mean).flatten(1)
-    reference = normalise(known.true_mean).flatten(1)
-    # sum w (q - r)^2 up to sum w q^2, which is the same for every r.
-    return torch.cat(
-        [
-            (w @ reference.square().T - 2 * (w * q) @ reference.T).argmin(1)
-            for w, q in zip(weight.split(256), query.split(256), strict=True)
-        ]
-    )
 
 
 def reprojection_distance(pose: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
