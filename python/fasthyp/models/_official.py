@@ -18,7 +18,8 @@ def official_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
 
     Args:
         checkpoint: a file that ``torch.save`` wrote, or what is in it: Lightning's
-            ``{"state_dict": ...}`` or a bare state dict. Files are read without running code.
+            ``{"state_dict": ...}``, ``{"model": ...}`` or a bare state dict. Files are read
+            without running code.
 
     Raises:
         FileNotFoundError: no such file.
@@ -32,7 +33,10 @@ def official_state(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], str]:
             content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
             raise ValueError(f"{source}: not a readable checkpoint: {error}") from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    state: Any = content
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
     if not isinstance(state, Mapping):
         raise ValueError(f"{source}: expected a state dict, got {type(state).__name__}")
     for name, value in state.items():

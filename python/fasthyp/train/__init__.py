@@ -15,6 +15,8 @@ SYSTEMS = {
     "humr": "fasthyp.train.humr:HUMRRecipe",
     "prohmr": "fasthyp.train.prohmr:ProHMRRecipe",
     "prohmr_lifting": "fasthyp.train.prohmr:ProHMRLiftingRecipe",
+    "poco": "fasthyp.train.poco:POCORecipe",
+    "propose": "fasthyp.train.propose:ProPoseRecipe",
     "regression": "fasthyp.train.regression:RegressionRecipe",
 }
 """Recipes by name, for ``fasthyp train``: the module and the class in it."""
