@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import fasthyp.flows as flows
-from fasthyp.models.pose_inn import PoseINN
+from fasthyp.data.persons import PersonBatch
+from fasthyp.models.pose_inn import PoseINN, PoseINNConfig
+from fasthyp.skeleton import H36M17_JOINTS, MPII16_JOINTS
 from tests.conftest import GOLDEN, Golden, assert_as_good_as, golden_files, max_error
 
 CHECKPOINT = GOLDEN / "freia_old_checkpoint.pt"
@@ -167,6 +169,70 @@ def test_sample() -> None:
     ):
         with pytest.raises(error, match=message):
             model.sample(*arguments)
+
+
+def persons(number: int) -> PersonBatch:
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(number, 16, 2, 2, generator=generator)
+    return PersonBatch(
+        amplitude=torch.rand(number, 16, generator=generator),
+        mean=10 + 40 * torch.rand(number, 16, 2, generator=generator),
+        covariance=root @ root.mT + torch.eye(2),
+        detector_names=MPII16_JOINTS,
+    )
+
+
+def test_hypotheses() -> None:
+    torch.manual_seed(0)
+    model, given = PoseINN(hidden=12).eval(), persons(3)
+    found = model.hypotheses(given, 20, seed=1)
+    assert found.joint_names == H36M17_JOINTS
+    assert found.joints_3d.shape == (3, 20, 17, 3)
+    assert found.log_prob is not None and found.log_prob.shape == (3, 20)
+    gauss, pose_2d = model.inputs(given)
+    with torch.no_grad():
+        mode = model.reverse(torch.cat([torch.zeros(3, 16), pose_2d], 1), gauss)[0]
+    mode = mode.unflatten(1, (3, 16)).mT * torch.tensor([1.0, -1.0, -1.0])
+    want = mode - (mode[:, :1] + mode[:, 3:4]) / 2
+    torch.testing.assert_close(found.joints_3d[:, 0, 1:], want, rtol=1e-4, atol=1e-4)
+    assert found.joints_3d[:, :, 0].abs().max() < 1e-5
+    fewer = model.hypotheses(given, 7, seed=1)
+    torch.testing.assert_close(fewer.joints_3d, found.joints_3d[:, :7])
+    other = model.hypotheses(given, 7, seed=2)
+    assert (other.joints_3d[:, 1:] - fewer.joints_3d[:, 1:]).abs().max() > 1e-3
+    drawn = model.hypotheses(given, 7, seed=1, include_mode=False)
+    torch.testing.assert_close(drawn.joints_3d[:, 1:], fewer.joints_3d[:, 1:])
+    assert (drawn.joints_3d[:, 0] - fewer.joints_3d[:, 0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="vertices: expected False"):
+        model.hypotheses(given, 2, vertices=True)
+
+
+def test_one_inverse_pass_of_many_latents() -> None:
+    """As FrEIA's reverse pass of repeated conditions, with the same gradients."""
+    torch.manual_seed(0)
+    model = PoseINN(hidden=12).double()
+    y, gauss, weight = torch.randn(3, 4, 48), torch.randn(3, 78), torch.randn(3, 4, 48)
+    y, gauss, weight = (t.double() for t in (y, gauss, weight))
+    together = model.inverse(y, gauss)
+    apart = model.reverse(y.flatten(0, 1), gauss.repeat_interleave(4, 0))[0].view(3, 4, 48)
+    torch.testing.assert_close(together, apart)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((together * weight).sum(), parameters),
+        torch.autograd.grad((apart * weight).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_named_configurations() -> None:
+    """The paper's 1024, the code's 1028 and old FrEIA's clamp, which is the paper's equation 2."""
+    assert PoseINNConfig().hidden == 1024
+    assert PoseINNConfig.official() == PoseINNConfig(hidden=1028, freia="old")
+    block = PoseINN(hidden=4).inn.module_list[1]
+    scale = torch.tensor([0.5, 30.0])
+    want = 2 * 2.0 / torch.pi * torch.atan(scale / 2.0)
+    torch.testing.assert_close(2.0 * block.f_clamp(scale), want, rtol=2e-3, atol=0)
 
 
 def _without(state: dict[str, Any], key: str) -> dict[str, Any]:
