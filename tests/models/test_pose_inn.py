@@ -188,7 +188,8 @@ def test_hypotheses() -> None:
     found = model.hypotheses(given, 20, seed=1)
     assert found.joint_names == H36M17_JOINTS
     assert found.joints_3d.shape == (3, 20, 17, 3)
-    assert found.log_prob is not None and found.log_prob.shape == (3, 20)
+    assert found.log_prob is not None
+    assert found.log_prob.shape == (3, 20)
     gauss, pose_2d = model.inputs(given)
     with torch.no_grad():
         mode = model.reverse(torch.cat([torch.zeros(3, 16), pose_2d], 1), gauss)[0]

@@ -170,17 +170,19 @@ class PoseINN(PretrainedModel):
         vertices: bool = False,
         precision: str = "high",
     ) -> Hypotheses:
-        """See :class:`fasthyp.models.hypotheses.Hypothesiser`: the 17 joints of Human3.6M of persons
-        with the Gaussians of the 16 joints of MPII. ``log_prob`` is that of the pose given its 2D
-        pose, in the model's frame (metres).
+        """See :class:`fasthyp.models.hypotheses.Hypothesiser`: the 17 joints of Human3.6M, of
+        persons with the Gaussians of the 16 joints of MPII. ``log_prob`` is that of the pose given
+        its 2D pose, in the model's frame (metres).
 
         Raises:
             ValueError: other joints, no Gaussians, or vertices are asked for.
         """
         if vertices:
             raise ValueError("vertices: expected False, as PoseINN has no body")
-        options = {"seed": seed, "include_mode": include_mode, "return_log_prob": True}
-        poses, log_prob = self.sample(*self.inputs(persons), num_samples, precision, **options)
+        options: dict[str, Any] = {"seed": seed, "include_mode": include_mode}
+        poses, log_prob = self.sample(
+            *self.inputs(persons), num_samples, precision, return_log_prob=True, **options
+        )
         return Hypotheses(camera_joints(poses), H36M17_JOINTS, log_prob)
 
     @classmethod

@@ -1,9 +1,12 @@
-"""Training recipe of :class:`fasthyp.models.PoseINN`: Wehrbein et al., "Probabilistic Monocular 3D
-Human Pose Estimation with Normalizing Flows", ICCV 2021, section 3.3, equation 9, and section 4.2."""
+"""Training recipe of :class:`fasthyp.models.PoseINN`.
+
+Wehrbein et al., "Probabilistic Monocular 3D Human Pose Estimation with Normalizing Flows", ICCV
+2021, sections 3.3 (equation 9) and 4.2, and ``train.py`` of their code.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
