@@ -20,11 +20,21 @@ from fasthyp.body.skinning import (
     weak_perspective,
 )
 from fasthyp.body.smpl import SMPL, SMPLH, SMPLX
+from fasthyp.body.stick import (
+    STICK_POINTS,
+    STICK_SHAPES,
+    fit_stick_pose,
+    fit_stick_shape,
+    h36m17_regressor,
+    stick_body,
+)
 
 __all__ = [
     "SMPL",
     "SMPLH",
     "SMPLX",
+    "STICK_POINTS",
+    "STICK_SHAPES",
     "AnnyBody",
     "BodyArrays",
     "BodyOutput",
@@ -38,8 +48,11 @@ __all__ = [
     "VertexMapping",
     "body_arrays",
     "export_safetensors",
+    "fit_stick_pose",
+    "fit_stick_shape",
     "fold_joints",
     "from_anny",
+    "h36m17_regressor",
     "humr_camera",
     "lbs",
     "load_arrays",
@@ -49,6 +62,7 @@ __all__ = [
     "project",
     "regress_joints",
     "save_arrays",
+    "stick_body",
     "vertex_spread",
     "weak_perspective",
     "write_mesh",

@@ -1,4 +1,4 @@
-"""Reader of the CMU motion capture poses (``.npz``, 13 COCO body joints)."""
+"""Reader of the CMU motion capture poses (``.npz``): 13 COCO or 17 Human3.6M joints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class MocapPoses:
     """Poses of one part of the data.
 
     Attributes:
-        poses: (N, 13, 3) metres, mid-hip centred, world axes (right-handed, z up).
+        poses: (N, 13, 3), or (N, 17, 3), metres, mid-hip centred, world axes (right-handed, z up).
         subject: (N,) subject number.
         clip: (N,) clip name of every frame.
     """
@@ -43,7 +43,16 @@ def _array(data: np.lib.npyio.NpzFile, path: str, key: str) -> np.ndarray:
         raise ValueError(f"{path}: array {key!r} cannot be read: {error}") from error
 
 
-def load_cmu(path: str | PathLike[str], part: str) -> MocapPoses:
+_LAYOUTS = {"coco13": ("coco13_mm", "coco13_names"), "h36m17": ("poses_mm", "h36m17_names")}
+_H36M17_NAMES = (
+    *("Hip", "RHip", "RKnee", "RFoot", "LHip", "LKnee", "LFoot", "Spine", "Thorax", "Neck/Nose"),
+    *("Head", "LShoulder", "LElbow", "LWrist", "RShoulder", "RElbow", "RWrist"),
+)
+_NAMES = {"coco13": COCO13_JOINTS, "h36m17": _H36M17_NAMES}
+_HIPS = {"coco13": (7, 8), "h36m17": (1, 4)}
+
+
+def load_cmu(path: str | PathLike[str], part: str, joints: str = "coco13") -> MocapPoses:
     """Read one part of the CMU poses.
 
     Frames flagged as capture glitches are dropped. Whole clips, never frames, are kept apart:
@@ -51,9 +60,12 @@ def load_cmu(path: str | PathLike[str], part: str) -> MocapPoses:
     ``"test"`` is its test split.
 
     Args:
-        path: ``.npz`` with ``coco13_mm`` (N, 13, 3), ``coco13_names``, ``clip_id``, ``clip_names``,
-            ``split`` (0 train, 1 test), ``subject`` and ``glitch``. Never unpickled.
+        path: ``.npz`` with ``coco13_mm`` (N, 13, 3) and ``coco13_names``, or ``poses_mm``
+            (N, 17, 3) and ``h36m17_names``; ``clip_id``, ``clip_names``, ``split`` (0 train, 1
+            test), ``subject`` and ``glitch``. Never unpickled.
         part: ``"train"``, ``"validation"`` or ``"test"``.
+        joints: ``"coco13"``, or ``"h36m17"`` for those of Human3.6M, in
+            :data:`~fasthyp.body.joint_maps.H36M17_JOINTS`' order.
 
     Raises:
         ValueError: the file cannot be read, an array is missing or has the wrong shape, the joint
@@ -61,6 +73,10 @@ def load_cmu(path: str | PathLike[str], part: str) -> MocapPoses:
     """
     if part not in ("train", "validation", "test"):
         raise ValueError(f"part: expected 'train', 'validation' or 'test', got {part!r}")
+    if joints not in _LAYOUTS:
+        raise ValueError(f"joints: expected one of {', '.join(_LAYOUTS)}, got {joints!r}")
+    poses_key, names_key = _LAYOUTS[joints]
+    expected = _NAMES[joints]
     name = str(path)
     try:
         archive = np.load(name, allow_pickle=False)
@@ -69,22 +85,24 @@ def load_cmu(path: str | PathLike[str], part: str) -> MocapPoses:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{name}: expected an .npz archive, got a single array")
     with archive as data:
-        pose_mm = _array(data, name, "coco13_mm")
-        joints = tuple(str(joint) for joint in _array(data, name, "coco13_names"))
+        pose_mm = _array(data, name, poses_key)
+        found = tuple(str(joint) for joint in _array(data, name, names_key))
         clip_id = _array(data, name, "clip_id")
         clip_names = [str(clip) for clip in _array(data, name, "clip_names")]
         split = _array(data, name, "split")
         subject = _array(data, name, "subject")
         glitch = _array(data, name, "glitch").astype(bool)
 
-    if pose_mm.ndim != 3 or pose_mm.shape[1:] != (13, 3):
-        raise ValueError(f"{name}: coco13_mm: expected (N, 13, 3), got {pose_mm.shape}")
+    if pose_mm.ndim != 3 or pose_mm.shape[1:] != (len(expected), 3):
+        raise ValueError(
+            f"{name}: {poses_key}: expected (N, {len(expected)}, 3), got {pose_mm.shape}"
+        )
     per_frame = {"clip_id": clip_id, "split": split, "subject": subject, "glitch": glitch}
     for key, values in per_frame.items():
         if values.shape != pose_mm.shape[:1]:
             raise ValueError(f"{name}: {key}: expected ({len(pose_mm)},), got {values.shape}")
-    if joints != COCO13_JOINTS:
-        raise ValueError(f"{name}: coco13_names: expected {COCO13_JOINTS}, got {joints}")
+    if found != expected:
+        raise ValueError(f"{name}: {names_key}: expected {expected}, got {found}")
     if len(clip_id) and not 0 <= clip_id.min() <= clip_id.max() < len(clip_names):
         raise ValueError(f"{name}: clip_id: expected indices into {len(clip_names)} clip_names")
 
@@ -99,8 +117,9 @@ def load_cmu(path: str | PathLike[str], part: str) -> MocapPoses:
         raise ValueError(f"{name}: no frames in the {part} part")
     pose = pose_mm[chosen].astype(np.float32) / 1000.0
     if not np.isfinite(pose).all():
-        raise ValueError(f"{name}: coco13_mm: expected finite values, got NaN or infinity")
-    pose -= (pose[:, 7:8] + pose[:, 8:9]) / 2
+        raise ValueError(f"{name}: {poses_key}: expected finite values, got NaN or infinity")
+    left, right = _HIPS[joints]
+    pose -= (pose[:, left : left + 1] + pose[:, right : right + 1]) / 2
     return MocapPoses(
         torch.from_numpy(pose),
         torch.from_numpy(subject[chosen].astype(np.int64)),

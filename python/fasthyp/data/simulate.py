@@ -9,19 +9,19 @@ sigmoid-output detector, measured on photographs with human 2D labels; see the m
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fasthyp.skeleton import COCO13_MIRROR, COCO13_PARENTS
+from fasthyp.skeleton import COCO13_JOINTS, COCO13_MIRROR
 
 GRID = 64
 VISIBLE, HIDDEN, OUTSIDE = 0, 1, 2
 
 # Fitted std in cells: floor + median * exp(spread * n), per joint where visible, else per state.
 _FLOOR = 1.0
-_VISIBLE_MEDIAN = (0.19, 0.35, 0.35, 0.32, 0.32, 0.22, 0.22, 0.44, 0.44, 0.33, 0.33, 0.26, 0.26)
 _STATE_SPREAD = (0.80, 0.98, 0.75)
 _HIDDEN_MEDIAN, _OUTSIDE_MEDIAN = 1.25, 2.75
 _MAX_STD = 10.0
@@ -37,16 +37,78 @@ _ERROR_RATIO = (0.58, 0.62, 0.85, 1.05, 1.2)
 _OUTLIER_SHARE, _OUTLIER_FACTOR = 0.04, 4.0
 # Outside the picture there are no labels to compare with, and nothing that a detector could see.
 _OUTSIDE_ERROR = 1.3
-# How often a joint is hidden though inside the picture.
-_HIDDEN_RATE = (0.0, 0.0, 0.0, 0.32, 0.32, 0.34, 0.34, 0.0, 0.0, 0.32, 0.32, 0.28, 0.28)
 # A detector that does not see a joint pulls it towards its parent (lower bound of the factor).
 # Nearly all cut-off legs it only imagines, hanging down, at so many trunk lengths a segment.
 _PULL = (1.0, 0.85, 0.40)
 _IMAGINED_SHARE, _IMAGINED_LENGTH = 0.9, (0.15, 1.0)
 
+# Of each kind of joint: the median above where it is visible, and how often it is hidden though
+# inside the picture. Only the COCO body joints were measured; other points of the trunk have the
+# numbers of the shoulders or the hips, other points of the head those of the nose.
+_KINDS = {
+    "head": (0.19, 0.0),
+    "shoulder": (0.35, 0.0),
+    "elbow": (0.32, 0.32),
+    "wrist": (0.22, 0.34),
+    "hip": (0.44, 0.0),
+    "knee": (0.33, 0.32),
+    "ankle": (0.26, 0.28),
+}
+_KIND_OF = {
+    **dict.fromkeys(("nose", "eye", "ear", "head", "head_top"), "head"),
+    **dict.fromkeys(("shoulder", "neck", "upper_neck", "thorax"), "shoulder"),
+    **dict.fromkeys(("hip", "pelvis", "spine"), "hip"),
+    **{kind: kind for kind in ("elbow", "wrist", "knee", "ankle")},
+}
+_LIMBS = {"elbow": "shoulder", "wrist": "elbow", "knee": "hip", "ankle": "knee"}
+
 _LEFT_ARM, _RIGHT_ARM = (1, 3, 5), (2, 4, 6)
 _LEFT_LEG, _RIGHT_LEG = (7, 9, 11), (8, 10, 12)
 _UPPER = (0, 1, 2, 3, 4, 5, 6)
+
+
+class DetectorJoints:
+    """What the simulated detector knows of its joints; all of it follows from their names.
+
+    Args:
+        names: such as ``COCO13_JOINTS``; with both shoulders and both hips.
+
+    Raises:
+        ValueError: a name that no statistics are known for, or no shoulders or hips.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        sides = [name.removeprefix("left_").removeprefix("right_") for name in self.names]
+        for name, kind in zip(self.names, sides, strict=True):
+            if kind not in _KIND_OF:
+                raise ValueError(f"detector: unknown joint {name!r}")
+        self.visible_median, self.hidden_rate = zip(
+            *(_KINDS[_KIND_OF[kind]] for kind in sides), strict=True
+        )
+        self.shoulders, self.hips = self._pair("shoulder"), self._pair("hip")
+        self.limbs: list[tuple[int, int]] = []
+        """Joint and the one that it hangs on, nearer ones first."""
+        for kind, parent in _LIMBS.items():
+            for joint, name in enumerate(self.names):
+                if sides[joint] == kind:
+                    before = name.replace(kind, parent)
+                    if before not in self.names:
+                        raise ValueError(f"detector: {name} without {before}")
+                    self.limbs.append((joint, self.names.index(before)))
+        self.legs = [joint for joint, _ in self.limbs if sides[joint] in ("knee", "ankle")]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _pair(self, kind: str) -> tuple[int, int]:
+        pair = (f"left_{kind}", f"right_{kind}")
+        if not set(pair) <= set(self.names):
+            raise ValueError(f"detector: expected joints {pair}, got {self.names}")
+        return self.names.index(pair[0]), self.names.index(pair[1])
+
+
+_COCO13 = DetectorJoints(COCO13_JOINTS)
 
 
 @dataclass(frozen=True)
@@ -148,7 +210,7 @@ def camera_rotation(azimuth: Tensor, elevation: Tensor, roll: Tensor) -> Tensor:
     return turn @ upright
 
 
-class _Random:
+class Random:
     """Noise of shape (B, ...) from one generator."""
 
     def __init__(self, batch: int, generator: torch.Generator, device: torch.device) -> None:
@@ -161,7 +223,7 @@ class _Random:
         return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)
 
 
-def _seat(pose: Tensor, random: _Random) -> Tensor:
+def _seat(pose: Tensor, random: Random) -> Tensor:
     """Poses (B, 13, 3) with the thighs forward and the shanks down, each at random angles."""
     pose = pose.clone()
     left = pose[:, 7] - pose[:, 8]
@@ -239,7 +301,7 @@ class PoseSimulator:
 
     def _augment(self, pose: Tensor, generator: torch.Generator) -> Tensor:
         config, batch = self.config, len(pose)
-        random = _Random(batch, generator, pose.device)
+        random = Random(batch, generator, pose.device)
 
         def yaw_of(axis: Tensor) -> Tensor:
             return torch.atan2(axis[:, 1], axis[:, 0])
@@ -303,122 +365,176 @@ class PoseSimulator:
         return torch.where(random.uniform(1, 1) < 0.5, mirror(new), new)
 
     def _observe(self, pose: Tensor, generator: torch.Generator) -> SimulatedBatch:
-        config = self.config
-        random = _Random(len(pose), generator, pose.device)
-        normal, uniform = random.normal, random.uniform
-
-        # Camera. One in ten looks from well above or below.
-        elevation_mean, elevation_std = config.elevation_deg
-        steep = torch.where(uniform() < 0.1, 3.0, 1.0)
-        rotation = camera_rotation(
-            uniform() * (2 * math.pi),
-            torch.deg2rad(elevation_mean + elevation_std * steep * normal()).clamp(-1.3, 1.3),
-            torch.deg2rad(config.roll_deg * normal()),
-        )
-        clean = pose @ rotation.transpose(-1, -2)
-        near, far = (math.log(limit) for limit in config.distance_m)
-        distance = (near + (far - near) * uniform()).exp()
-        offset = torch.tan(math.radians(config.off_axis_deg) * normal(2)) * distance[:, None]
-        in_camera = clean.clone()
-        in_camera[..., :2] += offset[:, None]
-        in_camera[..., 2] = (in_camera[..., 2] + distance[:, None]).clamp_min(0.5)
-        image = in_camera[..., :2] / in_camera[..., 2:]
-
-        # Crop: mid-hip centred square around the farthest joint, with margin and jitter.
-        image = image - (image[:, 7:8] + image[:, 8:9]) / 2
-        radius = image.norm(dim=-1).amax(-1)
-        margin = (math.log(1.5) + 0.14 * normal()).exp()
-        scale = (GRID / 2) / (margin * radius)
-        centre = GRID / 2 + 0.5 * normal(2)
-        true_mean = image * scale[:, None, None] + centre[:, None]
-
-        state = self._states(clean, true_mean, random)
-        mean, covariance, amplitude = self._fits(true_mean, state, random)
-        noisy = clean + normal(13, 3) * (config.noise_mm / 1000)
-        return SimulatedBatch(noisy, clean, amplitude, mean, covariance, true_mean, state)
-
-    @staticmethod
-    def _states(pose: Tensor, true_mean: Tensor, random: _Random) -> Tensor:
-        """Visible, hidden (likelier behind the trunk and in crowded pictures) or cut off."""
-        normal, uniform = random.normal, random.uniform
-        rate = pose.new_tensor(_HIDDEN_RATE)
-        trunk_depth = pose[:, (1, 2, 7, 8), 2].mean(1, keepdim=True)
-        behind = pose[..., 2] - trunk_depth
-        logit = torch.logit(rate.clamp(1e-4)) - 0.4 + 4.0 * behind + 1.3 * normal(1)
-        hidden = (uniform(13) < logit.sigmoid()) & (rate > 0)
-
-        # The picture's edge: mostly legs cut off at the bottom, sometimes a side or the top.
-        kind = uniform(1)
-        low, high = true_mean[..., 1].amin(1, keepdim=True), true_mean[..., 1].amax(1, keepdim=True)
-        hip = true_mean[:, (7, 8), 1].mean(1, keepdim=True)
-        bottom = hip + (high - hip) * (uniform(1) * 1.05 - 0.1)
-        left, right = (
-            true_mean[..., 0].amin(1, keepdim=True),
-            true_mean[..., 0].amax(1, keepdim=True),
-        )
-        side = left + (right - left) * 0.45 * uniform(1)
-        other_side = right - (right - left) * 0.45 * uniform(1)
-        top = low + (hip - low) * 0.3 * uniform(1)
-        x, y = true_mean.unbind(-1)
-        outside = (
-            ((kind < 0.17) & (y > bottom))
-            | ((kind > 0.17) & (kind < 0.20) & (x < side))
-            | ((kind > 0.20) & (kind < 0.23) & (x > other_side))
-            | ((kind > 0.23) & (kind < 0.24) & (y < top))
-        )
-        state = torch.where(hidden, HIDDEN, VISIBLE)
-        return torch.where(outside, OUTSIDE, state)
-
-    @staticmethod
-    def _fits(true_mean: Tensor, state: Tensor, random: _Random) -> tuple[Tensor, Tensor, Tensor]:
-        """Fitted Gaussians: (B, 13, 2) mean, (B, 13, 2, 2) covariance, (B, 13) amplitude."""
-        normal, uniform, table = random.normal, random.uniform, true_mean.new_tensor
-        visible = table(_VISIBLE_MEDIAN).expand_as(state)
-        median = torch.where(
-            state == VISIBLE, visible, table((0.0, _HIDDEN_MEDIAN, _OUTSIDE_MEDIAN))[state]
-        )
-        std = _FLOOR + median * (table(_STATE_SPREAD)[state] * normal(13)).exp()
-        std = std.clamp(max=_MAX_STD)
-        amplitude = _AMPLITUDE / std * (_AMPLITUDE_SPREAD * normal(13)).exp()
-
-        # Where the detector thinks the joint is, but for the noise of the fit.
-        pull = 1 - (1 - table(_PULL)[state]) * uniform(13)
-        neck, hip = true_mean[:, (1, 2)].mean(1), true_mean[:, (7, 8)].mean(1)
-        trunk = (neck - hip).norm(dim=-1, keepdim=True).clamp_min(4.0)
-        shortest, longest = _IMAGINED_LENGTH
-        down = trunk * (shortest + (longest - shortest) * uniform(1))
-        imagined = torch.cat([0.2 * down * normal(1), down], -1)
-        imagines = (state == OUTSIDE) & (uniform(1) < _IMAGINED_SHARE)
-        guess = true_mean.clone()
-        for joint in (*_LEFT_ARM[1:], *_RIGHT_ARM[1:], *_LEFT_LEG[1:], *_RIGHT_LEG[1:]):
-            parent = COCO13_PARENTS[joint]
-            step = (true_mean[:, joint] - true_mean[:, parent]) * pull[:, joint, None]
-            if joint in (*_LEFT_LEG, *_RIGHT_LEG):
-                step = torch.where(imagines[:, joint, None], imagined, step)
-            guess[:, joint] = guess[:, parent] + step
-
-        # Elongated along the limb; nose, shoulders and hips in any direction.
-        limb = guess - guess[:, (0, *COCO13_PARENTS[1:])]
-        angle = torch.atan2(limb[..., 1], limb[..., 0]) + table(_AXIS_SPREAD)[state] * normal(13)
-        free = torch.tensor([joint in (0, 1, 2, 7, 8) for joint in range(13)], device=state.device)
-        angle = torch.where(free, 2 * math.pi * uniform(13), angle)
-        elongation = (table(_ELONGATION)[state] * normal(13).abs()).clamp(max=1.5)
-        major, minor = std * (elongation / 2).exp(), std * (-elongation / 2).exp()
-        direction = torch.stack([angle.cos(), angle.sin()], -1)
-        across = torch.stack([-angle.sin(), angle.cos()], -1)
-        covariance = (
-            major.square()[..., None, None] * direction[..., :, None] * direction[..., None, :]
-            + minor.square()[..., None, None] * across[..., :, None] * across[..., None, :]
+        random = Random(len(pose), generator, pose.device)
+        view = look(pose, _COCO13, self.config, random)
+        state = detector_states(view, _COCO13, random)
+        mean, covariance, amplitude = detector_fits(view.projected, state, _COCO13, random)
+        noisy = view.points + random.normal(13, 3) * (self.config.noise_mm / 1000)
+        return SimulatedBatch(
+            noisy, view.points, amplitude, mean, covariance, view.projected, state
         )
 
-        # The error of the centre, distributed like the blob but scaled to what labels show.
-        outlier = torch.where(uniform(13) < _OUTLIER_SHARE, _OUTLIER_FACTOR, 1.0)
-        ratio = _interpolate(std, table(_ERROR_STD), table(_ERROR_RATIO)) * outlier
-        ratio = torch.where(state == OUTSIDE, _OUTSIDE_ERROR * ratio, ratio)
-        error = ratio[..., None] * (
-            (major * normal(13))[..., None] * direction + (minor * normal(13))[..., None] * across
-        )
-        return guess + error, covariance, amplitude
+
+@dataclass(frozen=True)
+class View:
+    """B persons in front of a random camera each, and the 64 x 64 crop around each of them.
+
+    Attributes:
+        points: (B, K, 3) metres, camera axes, origin as in the world.
+        projected: (B, K, 2) where they are seen, in cells.
+        rotation: (B, 3, 3) world to camera axes.
+        translation: (B, 3) metres, where in the camera the origin is.
+        focal_length: (B,) in cells.
+        centre: (B, 2) the principal point, in cells.
+    """
+
+    points: Tensor
+    projected: Tensor
+    rotation: Tensor
+    translation: Tensor
+    focal_length: Tensor
+    centre: Tensor
+
+    def project(self, points: Tensor) -> Tensor:
+        """Cells (B, N, 2) of points (B, N, 3) in metres, axes and origin as ``self.points``."""
+        points = points + self.translation[:, None]
+        image = points[..., :2] / points[..., 2:]
+        return image * self.focal_length[:, None, None] + self.centre[:, None]
+
+
+def look(pose: Tensor, joints: DetectorJoints, config: SimulationConfig, random: Random) -> View:
+    """Random cameras, and crops as a top-down detector takes them.
+
+    Args:
+        pose: (B, K, 3) metres, world axes with z up, origin between the hips.
+        joints: which those are.
+        config: ranges of the cameras.
+        random: the noise.
+    """
+    normal, uniform = random.normal, random.uniform
+
+    # Camera. One in ten looks from well above or below.
+    elevation_mean, elevation_std = config.elevation_deg
+    steep = torch.where(uniform() < 0.1, 3.0, 1.0)
+    rotation = camera_rotation(
+        uniform() * (2 * math.pi),
+        torch.deg2rad(elevation_mean + elevation_std * steep * normal()).clamp(-1.3, 1.3),
+        torch.deg2rad(config.roll_deg * normal()),
+    )
+    clean = pose @ rotation.transpose(-1, -2)
+    near, far = (math.log(limit) for limit in config.distance_m)
+    distance = (near + (far - near) * uniform()).exp()
+    offset = torch.tan(math.radians(config.off_axis_deg) * normal(2)) * distance[:, None]
+    in_camera = clean.clone()
+    in_camera[..., :2] += offset[:, None]
+    in_camera[..., 2] = (in_camera[..., 2] + distance[:, None]).clamp_min(0.5)
+    image = in_camera[..., :2] / in_camera[..., 2:]
+
+    # Crop: mid-hip centred square around the farthest joint, with margin and jitter.
+    left, right = joints.hips
+    middle = (image[:, left] + image[:, right]) / 2
+    image = image - middle[:, None]
+    radius = image.norm(dim=-1).amax(-1)
+    margin = (math.log(1.5) + 0.14 * normal()).exp()
+    scale = (GRID / 2) / (margin * radius)
+    centre = GRID / 2 + 0.5 * normal(2)
+    return View(
+        points=clean,
+        projected=image * scale[:, None, None] + centre[:, None],
+        rotation=rotation,
+        translation=torch.cat([offset, distance[:, None]], -1),
+        focal_length=scale,
+        centre=centre - middle * scale[:, None],
+    )
+
+
+def detector_states(view: View, joints: DetectorJoints, random: Random) -> Tensor:
+    """(B, K) visible, hidden (likelier behind the trunk and in crowded pictures) or cut off."""
+    normal, uniform = random.normal, random.uniform
+    true_mean = view.projected
+    rate = true_mean.new_tensor(joints.hidden_rate)
+    trunk_depth = view.points[:, (*joints.shoulders, *joints.hips), 2].mean(1, keepdim=True)
+    behind = view.points[..., 2] - trunk_depth
+    logit = torch.logit(rate.clamp(1e-4)) - 0.4 + 4.0 * behind + 1.3 * normal(1)
+    hidden = (uniform(len(joints)) < logit.sigmoid()) & (rate > 0)
+
+    # The picture's edge: mostly legs cut off at the bottom, sometimes a side or the top.
+    kind = uniform(1)
+    low, high = true_mean[..., 1].amin(1, keepdim=True), true_mean[..., 1].amax(1, keepdim=True)
+    hip = true_mean[:, joints.hips, 1].mean(1, keepdim=True)
+    bottom = hip + (high - hip) * (uniform(1) * 1.05 - 0.1)
+    left, right = (
+        true_mean[..., 0].amin(1, keepdim=True),
+        true_mean[..., 0].amax(1, keepdim=True),
+    )
+    side = left + (right - left) * 0.45 * uniform(1)
+    other_side = right - (right - left) * 0.45 * uniform(1)
+    top = low + (hip - low) * 0.3 * uniform(1)
+    x, y = true_mean.unbind(-1)
+    outside = (
+        ((kind < 0.17) & (y > bottom))
+        | ((kind > 0.17) & (kind < 0.20) & (x < side))
+        | ((kind > 0.20) & (kind < 0.23) & (x > other_side))
+        | ((kind > 0.23) & (kind < 0.24) & (y < top))
+    )
+    state = torch.where(hidden, HIDDEN, VISIBLE)
+    return torch.where(outside, OUTSIDE, state)
+
+
+def detector_fits(
+    true_mean: Tensor, state: Tensor, joints: DetectorJoints, random: Random
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fitted Gaussians: (B, K, 2) mean, (B, K, 2, 2) covariance, (B, K) amplitude."""
+    normal, uniform, table = random.normal, random.uniform, true_mean.new_tensor
+    number = len(joints)
+    visible = table(joints.visible_median).expand_as(state)
+    median = torch.where(
+        state == VISIBLE, visible, table((0.0, _HIDDEN_MEDIAN, _OUTSIDE_MEDIAN))[state]
+    )
+    std = _FLOOR + median * (table(_STATE_SPREAD)[state] * normal(number)).exp()
+    std = std.clamp(max=_MAX_STD)
+    amplitude = _AMPLITUDE / std * (_AMPLITUDE_SPREAD * normal(number)).exp()
+
+    # Where the detector thinks the joint is, but for the noise of the fit.
+    pull = 1 - (1 - table(_PULL)[state]) * uniform(number)
+    neck, hip = true_mean[:, joints.shoulders].mean(1), true_mean[:, joints.hips].mean(1)
+    trunk = (neck - hip).norm(dim=-1, keepdim=True).clamp_min(4.0)
+    shortest, longest = _IMAGINED_LENGTH
+    down = trunk * (shortest + (longest - shortest) * uniform(1))
+    imagined = torch.cat([0.2 * down * normal(1), down], -1)
+    imagines = (state == OUTSIDE) & (uniform(1) < _IMAGINED_SHARE)
+    guess = true_mean.clone()
+    parents = list(range(number))
+    for joint, parent in joints.limbs:
+        parents[joint] = parent
+        step = (true_mean[:, joint] - true_mean[:, parent]) * pull[:, joint, None]
+        if joint in joints.legs:
+            step = torch.where(imagines[:, joint, None], imagined, step)
+        guess[:, joint] = guess[:, parent] + step
+
+    # Elongated along the limb; head and trunk in any direction.
+    limb = guess - guess[:, parents]
+    angle = torch.atan2(limb[..., 1], limb[..., 0]) + table(_AXIS_SPREAD)[state] * normal(number)
+    free = torch.tensor([parent == k for k, parent in enumerate(parents)], device=state.device)
+    angle = torch.where(free, 2 * math.pi * uniform(number), angle)
+    elongation = (table(_ELONGATION)[state] * normal(number).abs()).clamp(max=1.5)
+    major, minor = std * (elongation / 2).exp(), std * (-elongation / 2).exp()
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    across = torch.stack([-angle.sin(), angle.cos()], -1)
+    covariance = (
+        major.square()[..., None, None] * direction[..., :, None] * direction[..., None, :]
+        + minor.square()[..., None, None] * across[..., :, None] * across[..., None, :]
+    )
+
+    # The error of the centre, distributed like the blob but scaled to what labels show.
+    outlier = torch.where(uniform(number) < _OUTLIER_SHARE, _OUTLIER_FACTOR, 1.0)
+    ratio = _interpolate(std, table(_ERROR_STD), table(_ERROR_RATIO)) * outlier
+    ratio = torch.where(state == OUTSIDE, _OUTSIDE_ERROR * ratio, ratio)
+    error = ratio[..., None] * (
+        (major * normal(number))[..., None] * direction
+        + (minor * normal(number))[..., None] * across
+    )
+    return guess + error, covariance, amplitude
 
 
 def _interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fasthyp._files import replacing
+from fasthyp.data.gaussian_features import gaussian_features
 from fasthyp.flows.describe import describe
 from fasthyp.flows.program import FlowProgram, Linear
 from fasthyp.reference.coupling import LinearMap
@@ -36,7 +37,6 @@ FEATURES = 6 * JOINTS
 CLAMP = 2.0
 """The soft clamp of the coupling blocks' log-scales, as in the ICCV 2021 code."""
 
-_GRID = 64.0
 _CONFIG_KEYS = ("blocks", "cond_dim", "cond_hidden", "hidden")
 
 
@@ -164,11 +164,7 @@ class LiftingFlow(nn.Module):
     ) -> Tensor:
         """What the condition's MLP sees of the Gaussians (before standardisation): (B, 78).
 
-        Independent of where in the picture the person is and how large: means are taken about
-        their precision-weighted centre and divided by their precision-weighted spread, and so are
-        covariances, which enter as the matrix logarithm. Values that no good fit has (a negative
-        or huge amplitude, a sigma below a third of a cell or beyond a third of the map, an
-        indefinite covariance, a mean far outside the map) are clipped.
+        :func:`fasthyp.data.gaussian_features` of the 13 joints.
 
         Args:
             amplitude: (B, 13) peak of each fitted Gaussian (a sigmoid heatmap's is about 1).
@@ -180,52 +176,7 @@ class LiftingFlow(nn.Module):
             ValueError: a wrong shape, an empty size, or, on a CPU, a NaN or infinite value (on a
                 GPU, to look would be to wait).
         """
-        batch = amplitude.shape[0] if amplitude.ndim else 0
-        for name, value, tail in (
-            ("amplitude", amplitude, (JOINTS,)),
-            ("mean", mean, (JOINTS, 2)),
-            ("covariance", covariance, (JOINTS, 2, 2)),
-        ):
-            if value.shape != (batch, *tail):
-                expected = ", ".join(("B", *map(str, tail)))
-                raise ValueError(f"{name}: expected ({expected}), got {tuple(value.shape)}")
-            if not value.is_floating_point():
-                raise TypeError(f"{name}: expected a floating point tensor, got {value.dtype}")
-            if value.device.type == "cpu" and not torch.isfinite(value).all():
-                raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-        height, width = size
-        if height < 1 or width < 1:
-            raise ValueError(f"size: expected a positive (H, W), got {tuple(size)}")
-
-        unit = _GRID / max(height, width)
-        mean = (mean * unit).clamp(-_GRID, 2 * _GRID)
-        covariance = covariance * unit**2
-        a, d = covariance[..., 0, 0], covariance[..., 1, 1]
-        b = (covariance[..., 0, 1] + covariance[..., 1, 0]) / 2
-        middle, half = (a + d) / 2, (a - d) / 2
-        radius = torch.hypot(half, b)
-        lowest, highest = 0.3**2, (_GRID / 3) ** 2
-        major = (middle + radius).clamp(lowest, highest)
-        minor = (middle - radius).clamp(lowest, highest)
-
-        weight = 2 / (major + minor + 1)
-        weight = (weight / weight.sum(-1, keepdim=True))[..., None]
-        mean = mean - (weight * mean).sum(-2, keepdim=True)
-        spread = (weight * mean.square()).sum((-1, -2)).clamp_min(1.0)
-        mean = mean / spread.sqrt()[:, None, None]
-        log_middle = (major.log() + minor.log()) / 2 - spread.log()[:, None]
-        log_half = (major.log() - minor.log()) / 2
-        direction = log_half / radius.clamp_min(1e-9)
-        return torch.cat(
-            [
-                amplitude.clamp(0, 2),
-                mean.flatten(1),
-                log_middle,
-                direction * half,
-                direction * b,
-            ],
-            -1,
-        )
+        return gaussian_features(amplitude, mean, covariance, size, JOINTS)
 
     def condition(
         self, amplitude: Tensor, mean: Tensor, covariance: Tensor, size: tuple[int, int] = (64, 64)
