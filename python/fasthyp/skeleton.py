@@ -44,17 +44,3 @@ COCO13_BONES = (
 
 COCO13_PARENTS = (-1, 0, 0, 1, 2, 3, 4, 1, 2, 7, 8, 9, 10)
 """The joint next to each one on the way to the nose; -1 for the nose itself."""
-
-H36M17_JOINTS = (
-    *("pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
-    *("spine", "thorax", "nose", "head", "left_shoulder", "left_elbow", "left_wrist"),
-    *("right_shoulder", "right_elbow", "right_wrist"),
-)
-"""The 17 joints of Human3.6M."""
-
-MPII16_JOINTS = (
-    *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "pelvis"),
-    *("spine", "thorax", "head", "right_wrist", "right_elbow", "right_shoulder"),
-    *("left_shoulder", "left_elbow", "left_wrist"),
-)
-"""The 16 joints of MPII."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fasthyp.flows as flows
+from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.models.pose_inn import PoseINN, PoseINNConfig
-from fasthyp.skeleton import H36M17_JOINTS, MPII16_JOINTS
+from fasthyp.models.pose_inn_input import DETECTOR_JOINTS
 from tests.conftest import GOLDEN, Golden, assert_as_good_as, golden_files, max_error
 
 CHECKPOINT = GOLDEN / "freia_old_checkpoint.pt"
@@ -178,7 +179,7 @@ def persons(number: int) -> PersonBatch:
         amplitude=torch.rand(number, 16, generator=generator),
         mean=10 + 40 * torch.rand(number, 16, 2, generator=generator),
         covariance=root @ root.mT + torch.eye(2),
-        detector_names=MPII16_JOINTS,
+        detector_names=DETECTOR_JOINTS,
     )
 
 

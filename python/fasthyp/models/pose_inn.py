@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.flows import GLOWCouplingBlock, PermuteRandom, SequenceINN
 from fasthyp.flows.freia_old import OldGLOWCouplingBlock, OldInputNode, OldPermuteRandom
@@ -19,7 +20,6 @@ from fasthyp.models._pretrained import PretrainedModel, load_exactly
 from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.models.pose_inn_input import camera_joints, person_input
 from fasthyp.sampling import SamplerCache
-from fasthyp.skeleton import H36M17_JOINTS
 
 POSE_DIM = 48  # 16 joints, all x, then all y, then all z
 FIXED_DIM = 32  # of the latent: the 2D pose

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from fasthyp._tensors import check_floating
+from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
+from fasthyp.data.simulated_persons import MPII16_JOINTS
 from fasthyp.heatmaps import GaussianFit
 from fasthyp.metrics import root_centred
-from fasthyp.skeleton import MPII16_JOINTS
+
+DETECTOR_JOINTS = tuple(
+    H36M17_JOINTS[j] for j in (3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13)
+)
+"""What the detector of the paper finds: the order is MPII's, the joints are those of Human3.6M, on
+which it was trained in the end (``H36M17j_TO_MPII``)."""
 
 FITTED_JOINTS = (0, 1, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 """The 13 of MPII's 16 joints that enter the condition: all but the hips and the pelvis."""
@@ -151,7 +158,9 @@ def person_input(
     detector's maxima there, and the fitted means in the condition only.)
 
     Args:
-        persons: ``amplitude``, ``mean`` and ``covariance`` of the 16 joints of MPII are used.
+        persons: ``amplitude``, ``mean`` and ``covariance`` of :data:`DETECTOR_JOINTS` are used; or
+            of MPII's own 16, whose thorax, upper neck and top of the head stand where the spine,
+            the thorax and the head of Human3.6M should.
         heatmap_std, size: as for :func:`gaussian_condition`.
 
     Returns:
@@ -161,9 +170,9 @@ def person_input(
         ValueError: other joints, or no Gaussians.
     """
     amplitude, mean, covariance = persons.need("amplitude", "mean", "covariance")
-    if persons.detector_names and persons.detector_names != MPII16_JOINTS:
+    if persons.detector_names not in ((), DETECTOR_JOINTS, MPII16_JOINTS):
         raise ValueError(
-            f"persons: expected detector joints {MPII16_JOINTS}, got {persons.detector_names}"
+            f"persons: expected detector joints {DETECTOR_JOINTS}, got {persons.detector_names}"
         )
     if mean.shape[1:] != (_JOINTS, 2):
         raise ValueError(f"persons: expected mean (B, {_JOINTS}, 2), got {tuple(mean.shape)}")

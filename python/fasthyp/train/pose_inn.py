@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.losses import (
     POSE_INN_ROOT,
@@ -27,7 +28,6 @@ from fasthyp.losses import (
 )
 from fasthyp.models.pose_inn import FIXED_DIM, NOISE_DIM, PoseINN
 from fasthyp.models.pose_inn_input import normalise_pose_3d
-from fasthyp.skeleton import H36M17_JOINTS
 
 
 class PoseINNBatch(NamedTuple):
