@@ -1,4 +1,4 @@
-"""Skeletons: names and order of joints, bones and left/right pairs."""
+"""The 13 COCO body joints: names, order, bones and left/right pairs. The tree of SMPL."""
 
 from __future__ import annotations
 
@@ -44,3 +44,6 @@ COCO13_BONES = (
 
 COCO13_PARENTS = (-1, 0, 0, 1, 2, 3, 4, 1, 2, 7, 8, 9, 10)
 """The joint next to each one on the way to the nose; -1 for the nose itself."""
+
+SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
+"""The joint next to each of SMPL's 24 on the way to the pelvis; -1 for the pelvis itself."""

@@ -113,10 +113,10 @@ class PersonBatch:
             raise ValueError(f"{path}: expected a file name that ends in .npz")
         if not len(self):
             raise ValueError(f"{path}: no persons to write")
-        arrays = {name: value.detach().cpu().numpy() for name, value in self.tensors().items()}
-        names = {name: np.array(getattr(self, name), np.str_) for name in _NAMES}
+        arrays: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in self.tensors().items()}
+        arrays |= {k: np.array(getattr(self, k)) for k in _NAMES if getattr(self, k)}
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays, **{k: v for k, v in names.items() if len(v)})
+            np.savez(file, **arrays)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> PersonBatch:

@@ -12,9 +12,7 @@ from fasthyp._seed import check_int
 from fasthyp._tensors import check_floating
 from fasthyp.metrics._checks import check_pair, check_thresholds
 from fasthyp.metrics.hypotheses import check_hypotheses
-
-SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
-"""The joint next to each of SMPL's 24 on the way to the pelvis; -1 for the pelvis itself."""
+from fasthyp.skeleton import SMPL_PARENTS
 
 CALIBRATION_LEVELS = tuple(i / 20 for i in range(1, 20))
 """0.05, 0.10, ..., 0.95."""
