@@ -6,17 +6,20 @@ Wehrbein et al., "Probabilistic Monocular 3D Human Pose Estimation with Normaliz
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
+from fasthyp.data.simulated_persons import PersonSource
 from fasthyp.losses import (
     POSE_INN_ROOT,
     POSE_INN_WEIGHTS,
+    PoseCritic,
     best_of_m_loss,
     critic_loss,
     generator_loss,
@@ -25,9 +28,11 @@ from fasthyp.losses import (
     latent_mmd_loss,
     pose_inn_positions,
     pose_l1_loss,
+    weighted_sum,
 )
-from fasthyp.models.pose_inn import FIXED_DIM, NOISE_DIM, PoseINN
-from fasthyp.models.pose_inn_input import normalise_pose_3d
+from fasthyp.models.pose_inn import FIXED_DIM, NOISE_DIM, PoseINN, PoseINNConfig
+from fasthyp.models.pose_inn_input import DETECTOR_JOINTS, normalise_pose_3d
+from fasthyp.train.recipe import Recipe, RecipeConfig
 
 
 class PoseINNBatch(NamedTuple):
@@ -69,14 +74,6 @@ class PoseINNNoise(NamedTuple):
     generator: Tensor
     hypotheses: Tensor
 
-    @classmethod
-    def draw(cls, persons: int, hypotheses: int, generator: torch.Generator) -> PoseINNNoise:
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=generator.device)
-
-        shape = (persons, NOISE_DIM)
-        return cls(normal(*shape), normal(*shape), normal(persons, hypotheses, NOISE_DIM))
-
 
 @dataclass(frozen=True)
 class PoseINNWeights:
@@ -111,13 +108,20 @@ class PoseINNObjective:
     official: bool = False
 
     def losses(
-        self, model: PoseINN, critic: nn.Module, batch: PoseINNBatch, noise: PoseINNNoise
+        self,
+        model: PoseINN,
+        critic: nn.Module,
+        batch: PoseINNBatch,
+        noise: PoseINNNoise,
+        gather: Callable[[Tensor], Tensor] = lambda rows: rows,
     ) -> dict[str, Tensor]:
         """The terms of equation 9 that have a weight, without it.
 
         The forward pass is one call; so is the inverse pass of all latents of all persons, with
         the condition computed once for each person. L_HM compares with the covariances in the
         condition, which are clipped (a failed fit may be of any size), as the authors' code does.
+        ``gather`` makes the rows of all processes of those of one: the MMD, alone of the terms, is
+        no mean over persons.
         """
         weights = self.weights
         terms: dict[str, Tensor] = {}
@@ -130,7 +134,7 @@ class PoseINNObjective:
             if weights.mmd:
                 target = torch.cat((noise.target, batch.pose_2d), 1)
                 terms["mmd"] = latent_mmd_loss(
-                    output, target, blocked=FIXED_DIM, official=self.official
+                    gather(output), gather(target), blocked=FIXED_DIM, official=self.official
                 )
         latents = []
         if weights.det and latent is not None:
@@ -175,3 +179,164 @@ class PoseINNObjective:
             "critic": critic_loss(scores[: len(real)], scores[len(real) :]),
             "gradient_penalty": gradient_penalty(critic, real, fake, alpha),
         }
+
+
+_EPOCH = 482  # steps, of Human3.6M
+
+
+@dataclass(frozen=True)
+class PoseINNRecipeConfig(RecipeConfig):
+    """Section 4.2 of the paper; a step has ``batch_size`` persons for the network and as many real
+    and as many others for each of the critic's steps.
+
+    Attributes:
+        hypotheses: L, of each person, for L_HM and the best-of-M loss.
+        top_k: of these the best, whose mean is compared with the truth.
+        critic_steps: of the critic for one of the network.
+        critic_hidden: width of the critic's kinematic path.
+        clip_value: gradients of the network are clipped to plus and minus this.
+        weights: of the terms; zero leaves a term out.
+        official_code: as the authors' code where it differs from the paper, see
+            :class:`PoseINNObjective`; and the condition network's gradients are not clipped.
+        model: of the network.
+    """
+
+    steps: int = 155 * _EPOCH
+    batch_size: int = 64
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    schedule: str = "step"
+    milestones: tuple[int, ...] = (150 * _EPOCH,)
+    decay: float = 0.5
+    validate_every: int = _EPOCH
+    validation_samples: int = 200
+    hypotheses: int = 200
+    top_k: int = 5
+    critic_steps: int = 5
+    critic_hidden: int = 1000
+    clip_value: float = 15.0
+    weights: PoseINNWeights = field(default_factory=PoseINNWeights)
+    official_code: bool = False
+    model: PoseINNConfig = field(default_factory=PoseINNConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic_steps < 0:
+            raise ValueError(f"critic_steps: expected at least 0, got {self.critic_steps}")
+        if not 1 <= self.top_k <= self.hypotheses:
+            raise ValueError(f"top_k: expected 1 to {self.hypotheses}, got {self.top_k}")
+        if self.hypotheses < 2:
+            raise ValueError(f"hypotheses: expected at least 2, got {self.hypotheses}")
+        if not self.clip_value > 0:
+            raise ValueError(f"clip_value: expected a positive number, got {self.clip_value}")
+
+    @classmethod
+    def official(cls) -> PoseINNRecipeConfig:
+        """The authors' ``train.py``."""
+        return cls(official_code=True, model=PoseINNConfig.official())
+
+    @classmethod
+    def small(cls) -> PoseINNRecipeConfig:
+        """For a processor core: a quarter of the width and of the hypotheses, ten times the
+        learning rate for a hundredth of the steps."""
+        return cls(
+            steps=1000,
+            learning_rate=1e-3,
+            schedule="cosine",
+            warmup_steps=50,
+            validate_every=100,
+            validation_size=512,
+            hypotheses=50,
+            critic_hidden=256,
+            model=PoseINNConfig.small(),
+        )
+
+
+class PoseINNRecipe(Recipe):
+    """Equation 9, and WGAN-GP for the critic: five steps of it for one of the network.
+
+    The batches of the critic are persons of their own, as in the authors' code: one for the real
+    poses and one for what the network makes of other persons.
+    """
+
+    Config: ClassVar[Any] = PoseINNRecipeConfig
+    name = "pose_inn"
+    monitor = "best_mm"
+    detector = DETECTOR_JOINTS
+    find_unused_parameters = True
+    config: PoseINNRecipeConfig
+    model: PoseINN
+
+    def __init__(self, config: PoseINNRecipeConfig, source: PersonSource) -> None:
+        super().__init__(config, source)
+        self.automatic_optimization = False
+        self.model = PoseINN(config.model)
+        self.critic = PoseCritic(config.critic_hidden)
+        self.objective = PoseINNObjective(config.weights, config.top_k, config.official_code)
+        self.weights = asdict(config.weights)
+
+    def configure_optimizers(self) -> Any:
+        """Of the network and of the critic: Adam with the momenta of section 4.2."""
+        return [
+            self.adamw(module.parameters(), betas=(0.5, 0.9))
+            for module in (self.model, self.critic)
+        ]
+
+    def losses(self, persons: PersonBatch) -> dict[str, Tensor]:
+        noise = PoseINNNoise(
+            self.normal(NOISE_DIM),
+            self.normal(NOISE_DIM),
+            self.normal(self.config.hypotheses, NOISE_DIM),
+        )
+        batch = PoseINNBatch.of(self.model, persons)
+        return self.objective.losses(self.model, self.critic, batch, noise, self._gather)
+
+    def training_step(self, _item: Any, _index: int) -> None:
+        optimizer, critic_optimizer = self.optimizers()  # type: ignore[attr-defined]
+        persons, *others = self._batches()
+        terms: dict[str, Tensor] = {}
+        if others and self.config.weights.generator:
+            terms = self._train_critic(others, critic_optimizer)
+        self.critic.requires_grad_(False)
+        with self.autocast():
+            found = self.losses(persons)
+            loss = weighted_sum(found, self.weights)
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        clipped = self.model.inn if self.config.official_code else self.model
+        nn.utils.clip_grad_value_(clipped.parameters(), self.config.clip_value)
+        optimizer.step()
+        self.critic.requires_grad_(True)
+        self.log_terms({"loss": loss, **found, **terms})
+
+    def _train_critic(self, batches: list[PersonBatch], optimizer: Any) -> dict[str, Tensor]:
+        real, other = batches[::2], PersonBatch.cat(batches[1::2])
+        with torch.no_grad():  # the network stays as it is meanwhile: all at once
+            _, pose_2d, gauss = PoseINNBatch.of(self.model, other)
+            z = torch.cat([self.normal(NOISE_DIM) for _ in real])
+            latent = torch.cat((z, pose_2d), 1)[:, None]
+            fakes = self.model.inverse(latent, gauss)[:, 0].chunk(len(real))
+        totals: dict[str, Tensor] = {}
+        for persons, fake in zip(real, fakes, strict=True):
+            pose = PoseINNBatch.of(self.model, persons).pose
+            alpha = torch.special.ndtr(self.normal(1))
+            terms = self.objective.critic_losses(self.critic, pose, fake, alpha)
+            optimizer.zero_grad()
+            self.manual_backward(terms["critic"] + terms["gradient_penalty"])
+            optimizer.step()
+            for name, term in terms.items():
+                totals[name] = totals.get(name, 0) + term.detach() / len(real)
+        return totals
+
+    def _batches(self) -> list[PersonBatch]:
+        """Of the network; and for each step of the critic the real ones, and those to sample."""
+        number, size = 1 + 2 * self.config.critic_steps, self.config.batch_size
+        persons = self.source.sample(number * size, self._seed, "train")
+        parts = [persons[k * size : (k + 1) * size][self._rows] for k in range(number)]
+        return [part.to(self.device) for part in parts]
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return rows
+        gathered: Any = self.all_gather(rows, sync_grads=True)
+        return gathered.flatten(0, 1)
