@@ -99,13 +99,22 @@ class PretrainedModel(nn.Module):
             model = cls(config_from(cls.Config, values), **modules)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
-        weights = folder / WEIGHTS_NAME
+        model.load_weights(folder)
+        return model.to(device).eval()
+
+    def load_weights(self, path: str | os.PathLike[str]) -> None:
+        """Take the weights that :meth:`save_pretrained` wrote into a folder.
+
+        Raises:
+            ValueError: the file is missing or unreadable, or a tensor is missing, unknown or of
+                the wrong shape; names it.
+        """
+        weights = Path(path) / WEIGHTS_NAME
         try:
             tensors = load_file(str(weights))
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{weights}: not a readable safetensors file: {error}") from error
-        load_exactly(model, tensors, str(weights), model.saved_state())
-        return model.to(device).eval()
+        load_exactly(self, tensors, str(weights), self.saved_state())
 
     def saved_state(self) -> dict[str, Tensor]:
         """The part of the state dict that is saved: all of it, unless a subclass says otherwise."""
