@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.losses import PoseCritic, weighted_sum
 from fasthyp.models import PoseINN
+from fasthyp.models.pose_inn import PoseINNConfig
 from fasthyp.train.pose_inn import (
     PoseINNBatch,
     PoseINNNoise,
     PoseINNObjective,
+    PoseINNRecipe,
+    PoseINNRecipeConfig,
     PoseINNWeights,
 )
+from fasthyp.train.recipe import run
 
 HIPS = (0, 3)
 
@@ -188,3 +194,131 @@ def test_critic(case: Any) -> None:
 def test_persons_that_it_cannot_use(change: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         PoseINNBatch.of(PoseINN(hidden=2), replace(persons(6), **change))
+
+
+class Source:
+    """Random persons; train, validation and test differ."""
+
+    def sample(self, number: int, seed: int, part: str) -> PersonBatch:
+        found = persons(number, seed + 1000 * len(part))
+        single = {name: value.float() for name, value in found.tensors().items()}
+        return replace(found, **single, joint_names=H36M17_JOINTS)
+
+
+TINY = PoseINNRecipeConfig(
+    steps=3,
+    batch_size=6,
+    learning_rate=1e-3,
+    schedule="constant",
+    validate_every=2,
+    validation_size=5,
+    validation_samples=4,
+    log_every=1,
+    hypotheses=7,
+    critic_steps=2,
+    critic_hidden=8,
+    clip_value=0.05,
+    model=PoseINNConfig(hidden=8),
+)
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    config = PoseINNRecipeConfig()
+    assert (config.batch_size, config.learning_rate, config.weight_decay) == (64, 1e-4, 0)
+    assert (config.hypotheses, config.top_k, config.critic_steps) == (200, 5, 5)
+    assert (config.steps, config.milestones, config.decay) == (74_710, (72_300,), 0.5)
+    assert config.clip_value == 15
+    assert config.model.hidden == 1024
+    assert config.weights == PoseINNWeights(1, 10, 4, 4, 750, 1)
+    code = PoseINNRecipeConfig.official()
+    assert code == replace(config, official_code=True, model=PoseINNConfig(hidden=1028))
+    recipe = PoseINNRecipe(replace(TINY, critic_hidden=4), Source())
+    for optimizer in recipe.configure_optimizers():
+        assert all(group["betas"] == (0.5, 0.9) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_a_step_is_that_of_the_paper(official: bool, tmp_path: Path) -> None:
+    """Two critic steps with Adam, then one of the network with clipped gradients."""
+    config = replace(TINY, steps=1, official_code=official)
+    trained = PoseINNRecipe(config, Source())
+    run(trained, tmp_path, progress=False)
+
+    recipe = PoseINNRecipe(config, Source())
+    seed = 1_000_003  # of step 0
+    recipe._begin(seed, slice(None))
+    model, critic = recipe.model, recipe.critic
+    adam = [torch.optim.Adam(m.parameters(), 1e-3, betas=(0.5, 0.9)) for m in (model, critic)]
+    whole = PoseINNBatch.of(model, Source().sample(5 * 6, seed, "train"))
+    batches = [PoseINNBatch(*(t[6 * k : 6 * k + 6] for t in whole)) for k in range(5)]
+    latents = [recipe.normal(16), recipe.normal(16)]
+    for k in (0, 1):
+        real, other = batches[1 + 2 * k], batches[2 + 2 * k]
+        with torch.no_grad():
+            fake = model.reverse(torch.cat([latents[k], other.pose_2d], 1), other.gauss)[0]
+        alpha = torch.special.ndtr(recipe.normal(1))
+        points = (alpha * real.pose + (1 - alpha) * fake).requires_grad_()
+        (slope,) = torch.autograd.grad(critic(points).sum(), points, create_graph=True)
+        loss = critic(fake).mean() - critic(real.pose).mean()
+        adam[1].zero_grad()
+        (loss + 10 * ((slope.norm(dim=1) - 1) ** 2).mean()).backward()
+        adam[1].step()
+    noise = PoseINNNoise(recipe.normal(16), recipe.normal(16), recipe.normal(7, 16))
+    terms = PoseINNObjective(official=official).losses(model, critic, batches[0], noise)
+    weights = {"l2d": 1, "generator": 1, "mmd": 10, "det": 4, "best_of_m": 4, "covariance": 750}
+    adam[0].zero_grad()
+    sum(weights[name] * term for name, term in terms.items()).backward()  # type: ignore[union-attr]
+    gradients = [p.grad.abs().max() for p in model.parameters() if p.grad is not None]
+    assert max(gradients) > config.clip_value
+    parts = [model.inn] if official else [model.inn, model.cond_net]
+    for parameter in (p for part in parts for p in part.parameters()):
+        if parameter.grad is not None:
+            parameter.grad.clamp_(-config.clip_value, config.clip_value)
+    adam[0].step()
+    for (name, a), b in zip(trained.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
+    # Adam makes steps of rounding noise where real and fake cancel, as in the last bias; what the
+    # critic thinks of poses is not touched by it.
+    start = PoseINNRecipe(config, Source()).critic
+    moved = []
+    with torch.no_grad():
+        for end in (trained.critic, critic):
+            change = (end(whole.pose) - start(whole.pose))[:, 0]
+            moved.append(change - change.mean())
+    assert (moved[0] - moved[1]).norm() < 1e-3 * moved[1].norm()
+
+
+def test_resumed_runs_are_the_same(tmp_path: Path) -> None:
+    whole = run(PoseINNRecipe(TINY, Source()), tmp_path / "whole", progress=False)
+    run(PoseINNRecipe(replace(TINY, steps=2), Source()), tmp_path / "part", progress=False)
+    resumed = PoseINNRecipe(TINY, Source())
+    run(resumed, tmp_path / "part", resume=True, progress=False)
+    curves = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "part")]
+    assert curves[0].splitlines()[-1] == curves[1].splitlines()[-1]
+    assert "train_gradient_penalty" in curves[0]
+    loaded = PoseINN.from_pretrained(tmp_path / "whole" / "model")
+    for a, b in zip(whole.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_the_generator_there_is_no_critic_to_train(tmp_path: Path) -> None:
+    config = replace(TINY, steps=1, weights=PoseINNWeights(generator=0.0))
+    recipe = PoseINNRecipe(config, Source())
+    before = [p.detach().clone() for p in recipe.critic.parameters()]
+    run(recipe, tmp_path, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, recipe.critic.parameters(), strict=True))
+    assert "critic" not in (tmp_path / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"critic_steps": -1}, "critic_steps"),
+        ({"top_k": 8}, "top_k: expected 1 to 7"),
+        ({"hypotheses": 1, "top_k": 1}, "hypotheses"),
+        ({"clip_value": 0.0}, "clip_value"),
+    ],
+)
+def test_settings_that_make_no_sense(change: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(TINY, **change)

@@ -59,8 +59,8 @@ class PoseINNConfig:
 
     @classmethod
     def small(cls) -> PoseINNConfig:
-        """A quarter of the width, for training on a processor core."""
-        return cls(hidden=256)
+        """An eighth of the width, for training on a processor core."""
+        return cls(hidden=128)
 
 
 def _subnet(hidden: int, inputs: int, outputs: int) -> nn.Sequential:
