@@ -277,6 +277,12 @@ def test_a_step_is_that_of_the_paper(official: bool, tmp_path: Path) -> None:
     adam[0].step()
     for (name, a), b in zip(trained.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
+    largest = {
+        name: max(float(p.grad.abs().max()) for p in part.parameters() if p.grad is not None)
+        for name, part in (("inn", trained.model.inn), ("cond_net", trained.model.cond_net))
+    }
+    assert largest["inn"] == pytest.approx(config.clip_value)
+    assert (largest["cond_net"] > config.clip_value) == official
     # Adam makes steps of rounding noise where real and fake cancel, as in the last bias; what the
     # critic thinks of poses is not touched by it.
     start = PoseINNRecipe(config, Source()).critic
