@@ -286,7 +286,7 @@ def test_a_step_is_that_of_the_paper(official: bool, tmp_path: Path) -> None:
     for (name, a), b in zip(trained.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, msg=name)
     assert largest["inn"] == pytest.approx(config.clip_value)
-    assert (largest["cond_net"] > config.clip_value) == official
+    assert (largest["cond_net"] > 1.01 * config.clip_value) == official
     # Adam makes steps of rounding noise where real and fake cancel, as in the last bias; what the
     # critic thinks of poses is not touched by it.
     start = PoseINNRecipe(config, Source()).critic
