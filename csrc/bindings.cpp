@@ -78,7 +78,8 @@ void coupling_pack(Address plan, std::int64_t plan_size,
 void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int64_t packed_bytes,
                   bool inverse, std::int64_t images, std::int64_t per_image, Address input,
                   Address cond, Address output, Address log_det, int threads, std::uint64_t seed,
-                  std::int64_t image_offset, Address fixed, int fixed_dims, bool include_mode) {
+                  std::int64_t image_offset, std::int64_t first_sample, Address fixed,
+                  int fixed_dims, bool include_mode) {
   py::gil_scoped_release release;
   const coupling::Flow& flow = parsed(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
@@ -86,8 +87,8 @@ void coupling_run(Address plan, std::int64_t plan_size, Address packed, std::int
   if (fixed_dims < 0 || fixed_dims > flow.dim) throw std::invalid_argument("flow: fixed too wide");
   coupling::run({&flow, pointer<const std::byte>(packed), inverse, images, per_image,
                  pointer<const void>(input), pointer<const void>(cond), pointer<void>(output),
-                 pointer<void>(log_det), threads, seed, image_offset, pointer<const void>(fixed),
-                 fixed_dims, include_mode});
+                 pointer<void>(log_det), threads, seed, image_offset, first_sample,
+                 pointer<const void>(fixed), fixed_dims, include_mode});
 }
 
 void coupling_affine(Address state, std::int64_t rows, int dim, Address raw, bool is_double,
@@ -182,9 +183,9 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
                        std::int64_t packed_bytes, bool inverse, std::int64_t images,
                        std::int64_t per_image, Address input, Address cond, Address output,
                        Address log_det, Address workspace, std::int64_t workspace_bytes,
-                       std::uint64_t seed, std::int64_t image_offset, Address counter,
-                       Address fixed, int fixed_dims, bool include_mode, int device,
-                       Address stream) {
+                       std::uint64_t seed, std::int64_t image_offset, std::int64_t first_sample,
+                       Address counter, Address fixed, int fixed_dims, bool include_mode,
+                       int device, Address stream) {
   py::gil_scoped_release release;
   const auto& flow = parsed_cuda(view<std::int64_t>(plan, plan_size));
   if (packed_bytes < flow.packed_bytes)
@@ -195,7 +196,8 @@ void coupling_cuda_run(Address plan, std::int64_t plan_size, Address packed,
       {&flow, pointer<const std::byte>(packed), inverse, images, per_image,
        pointer<const float>(input), pointer<const float>(cond), pointer<float>(output),
        pointer<float>(log_det), pointer<std::byte>(workspace), workspace_bytes, seed, image_offset,
-       pointer<const std::int64_t>(counter), pointer<const float>(fixed), fixed_dims, include_mode},
+       first_sample, pointer<const std::int64_t>(counter), pointer<const float>(fixed), fixed_dims,
+       include_mode},
       device, pointer<void>(stream));
 }
 
@@ -540,13 +542,14 @@ std::int64_t skinning_cuda_workspace(const std::array<std::int64_t, 6>& sizes,
 #endif
 
 void philox_normal(Address out, std::int64_t images, std::int64_t per_image, int dim,
-                   std::uint64_t seed, std::int64_t image_offset, int threads) {
+                   std::uint64_t seed, std::int64_t image_offset, std::int64_t first_sample,
+                   int threads) {
   py::gil_scoped_release release;
   parallel(threads, [&](int shard, int shards) {
     const Range r = shard_range(images * per_image, shard, shards);
     for (std::int64_t row = r.begin; row < r.end; ++row)
       philox_normal_row(seed, static_cast<std::uint32_t>(image_offset + row / per_image),
-                        static_cast<std::uint32_t>(row % per_image), dim,
+                        static_cast<std::uint32_t>(first_sample + row % per_image), dim,
                         pointer<float>(out) + row * dim);
   });
 }

@@ -18,16 +18,19 @@ CPU = torch.device("cpu")
 
 
 class Work:
-    """x + seed and y + image offset (y may be missing), as numbers in float64; counts its runs."""
+    """x + seed and y + image offset + first sample (y may be missing), in float64; counts its
+    runs."""
 
     def __init__(self) -> None:
         self.runs = 0
 
     def __call__(self, x: Tensor, y: Tensor | None, noise: Noise) -> tuple[Tensor, ...]:
         self.runs += 1
-        counter = torch.zeros(2) if noise.counter is None else noise.counter
+        counter = torch.zeros(3) if noise.counter is None else noise.counter
         total = x + noise.seed + counter[0]
-        return (total,) if y is None else (total, y + noise.image_offset + counter[1])
+        if y is None:
+            return (total,)
+        return (total, y + noise.image_offset + counter[1] + noise.first_sample + counter[2])
 
     def call(
         self, cache: GraphCache, x: Tensor, y: Tensor | None, *noise: int, **given: Any
@@ -47,9 +50,9 @@ def test_the_second_call_captures(work: Work, replays: type[Replays]) -> None:
     cache = GraphCache()
     for call in range(4):
         x, y = torch.randn(3, 2), torch.randn(3)
-        total, other = work.call(cache, x, y, 5 + call, 7 + call)
+        total, other = work.call(cache, x, y, 5 + call, 7 + call, 100 * call)
         torch.testing.assert_close(total, x + 5 + call)
-        torch.testing.assert_close(other, y + 7 + call)
+        torch.testing.assert_close(other, y + 7 + 101 * call)
         assert len(replays.made) == min(call, 1)
     assert replays.made[0].replays == 3
 
@@ -89,8 +92,8 @@ def test_seeds_of_64_bits(seed: int, replays: type[Replays]) -> None:
         assert noise.counter is not None
         return (noise.counter + 0,)
 
-    counter = GraphCache(True)(function, (), Noise(seed, 3), CPU, None, lambda: 0)[0]
-    assert counter.tolist() == [seed - 2**64 if seed >= 2**63 else seed, 3]
+    counter = GraphCache(True)(function, (), Noise(seed, 3, 4), CPU, None, lambda: 0)[0]
+    assert counter.tolist() == [seed - 2**64 if seed >= 2**63 else seed, 3, 4]
 
 
 def test_kinds_of_calls(work: Work, replays: type[Replays]) -> None:

@@ -145,6 +145,29 @@ def test_the_seed_decides(net: Any, cond: Tensor) -> None:
     assert torch.equal(sampler(cond, 1000, seed=5)[:, :100], first)
 
 
+@pytest.mark.parametrize("kind", ["fused", "float64", "opaque"])
+def test_hypotheses_in_parts(net: Any, cond: Tensor, kind: str) -> None:
+    """The hypotheses of one call, bit for bit."""
+    if kind == "float64":
+        net, cond = copy.deepcopy(net).double(), cond.double()
+    if kind == "opaque":
+        net = random_flow(9, (4,), clamp_activation=lambda u: u / (1 + u.abs()))
+    sampler = HypothesisSampler(net)
+    for fixed in (None, torch.randn(3, 2).to(cond)):
+        options = {"seed": 2**64 - 1, "fixed": fixed, "include_mode": True, "return_log_prob": True}
+        whole = sampler(cond, 150, **options)
+        splits = [(0, 1), (1, 64), (65, 17), (82, 68)]
+        parts = [sampler(cond, count, first_sample=first, **options) for first, count in splits]
+        for part, want in zip(zip(*parts, strict=True), whole, strict=True):
+            got = torch.cat(part, 1)
+            if kind == "opaque":  # PyTorch's products round as their shapes have it
+                torch.testing.assert_close(got, want)
+            else:
+                assert torch.equal(got, want)
+        last = sampler(cond, 5, first_sample=2**32 - 5, **options)[0]
+        assert not torch.equal(last, whole[0][:, :5])
+
+
 def test_hypotheses_differ(net: Any) -> None:
     x = HypothesisSampler(net)(torch.zeros(2, 4), 50, seed=5)
     assert len(torch.unique(x.reshape(-1, 9), dim=0)) == 100
@@ -270,8 +293,8 @@ def test_a_counter_is_added(
 ) -> None:
     monkeypatch.setenv("FASTHYP_BACKEND", backend)
     executor = FlowExecutor(flows.describe(net))
-    got = executor.sample(cond, 5, 3, 1, counter=torch.tensor([4, 2]))
-    assert same(got, executor.sample(cond, 5, 7, 3))
+    got = executor.sample(cond, 5, 3, 1, counter=torch.tensor([4, 2, 6]), first_sample=1)
+    assert same(got, executor.sample(cond, 5, 7, 3, first_sample=7))
 
 
 # --- captured calls: on a CPU with a stand-in for the capture ---------------------------------
@@ -291,7 +314,9 @@ def calls(cond: Tensor) -> list[dict[str, Any]]:
 
 
 def seeded(arguments: dict[str, Any], seed: int) -> dict[str, Any]:
-    return arguments if "z" in arguments else {**arguments, "seed": seed, "image_offset": seed}
+    if "z" in arguments:
+        return arguments
+    return {**arguments, "seed": seed, "image_offset": seed, "first_sample": 3 * (seed - 1)}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -494,6 +519,10 @@ def test_cuda_hypotheses_are_the_cpus(net: Any, cond: Tensor) -> None:
         ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed, generator"),
         ({"image_offset": -1}, ValueError, "image_offset: expected 0 <= image_offset"),
         ({"image_offset": 2**32 - 2}, ValueError, "image_offset: expected 0 <= image_offset"),
+        ({"first_sample": -1}, ValueError, "first_sample: expected 0 <= first_sample"),
+        ({"first_sample": 2**32 - 999}, ValueError, "first_sample: expected 0 <= first_sample"),
+        ({"first_sample": 1.0}, TypeError, "first_sample: expected an int, got float"),
+        ({"z": torch.randn(3, 5, 9), "first_sample": 1}, ValueError, "z: given latents"),
         ({"z": torch.randn(3, 9)}, ValueError, "z: expected 3 dimensions"),
         ({"z": torch.randn(3, 5, 8)}, ValueError, r"z: expected shape \(3, 5, 9\)"),
         ({"z": torch.randn(2, 5, 9)}, ValueError, r"z: expected shape \(3, 5, 9\)"),

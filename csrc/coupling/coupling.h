@@ -166,6 +166,7 @@ struct Call {
   // Drawing the latent:
   std::uint64_t seed = 0;
   std::int64_t image_offset = 0;
+  std::int64_t first_sample = 0;  // number of the first hypothesis of each image
   const void* fixed = nullptr;  // (B, F): the last F latent dims of every row of an image
   int fixed_dims = 0;
   bool include_mode = false;  // hypothesis 0 has zero noise

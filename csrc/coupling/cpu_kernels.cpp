@@ -261,7 +261,8 @@ class FlowRows {
   // The latent of one row; returns the log-density of its noise.
   S draw(std::int64_t row, S* z) {
     const int noise = flow_.dim - call_.fixed_dims;
-    const std::int64_t image = row / call_.per_image, hypothesis = row % call_.per_image;
+    const std::int64_t image = row / call_.per_image;
+    const std::int64_t hypothesis = call_.first_sample + row % call_.per_image;
     if (call_.include_mode && hypothesis == 0) {
       std::fill_n(z, noise, S(0));
     } else {

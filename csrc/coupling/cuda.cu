@@ -174,6 +174,7 @@ void run(const Call& call, int device, void* stream) {
   rows.input = call.input;
   rows.seed = call.seed;
   rows.image_offset = call.image_offset;
+  rows.first_sample = call.first_sample;
   rows.counter = call.counter;
   rows.fixed = call.fixed;
   rows.fixed_dims = call.fixed_dims;

@@ -109,8 +109,8 @@ struct RowsCall {
   const int* output_index;
   const float* input;
   std::uint64_t seed;
-  std::int64_t image_offset;
-  const std::int64_t* counter;  // on the device: seed and image offset to add to these, or null
+  std::int64_t image_offset, first_sample;
+  const std::int64_t* counter;  // on the device: three numbers to add to these, or null
   const float* fixed;
   int fixed_dims;
   bool include_mode;
@@ -168,8 +168,9 @@ struct Call {
   std::int64_t workspace_bytes;
   std::uint64_t seed = 0;
   std::int64_t image_offset = 0;
-  const std::int64_t* counter =
-      nullptr;  // on the device: seed and image offset to add; may be null
+  std::int64_t first_sample = 0;  // number of the first hypothesis of each image
+  // On the device: numbers to add to seed, image offset and first sample; may be null.
+  const std::int64_t* counter = nullptr;
   const float* fixed = nullptr;
   int fixed_dims = 0;
   bool include_mode = false;

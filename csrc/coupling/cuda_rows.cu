@@ -505,15 +505,17 @@ class Rows {
   // The latent of one row, and the log-density of its noise.
   __device__ void draw(int row, int lane, float* x) {
     const std::int64_t index = call_.first_row + tile_row_ + row;
-    const std::int64_t image = index / call_.per_image, hypothesis = index % call_.per_image;
+    const std::int64_t image = index / call_.per_image;
     const int noise = call_.dim - call_.fixed_dims;
-    const bool zero = call_.include_mode && hypothesis == 0;
     std::uint64_t seed = call_.seed;
     std::int64_t number = call_.image_offset + image;
+    std::int64_t hypothesis = call_.first_sample + index % call_.per_image;
     if (call_.counter) {
       seed += static_cast<std::uint64_t>(call_.counter[0]);
       number += call_.counter[1];
+      hypothesis += call_.counter[2];
     }
+    const bool zero = call_.include_mode && hypothesis == 0;
     const auto low = static_cast<std::uint32_t>(seed);
     const auto high = static_cast<std::uint32_t>(seed >> 32);
     float squares = 0;

@@ -34,6 +34,7 @@ def coupling_run(
     threads: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     fixed: int,
     fixed_dims: int,
     include_mode: bool,
@@ -106,6 +107,7 @@ def coupling_cuda_run(
     workspace_bytes: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     counter: int,
     fixed: int,
     fixed_dims: int,
@@ -262,6 +264,7 @@ def philox_normal(
     dim: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     threads: int,
 ) -> None: ...
 def philox4x32(counter: Sequence[int], key0: int, key1: int) -> list[int]: ...

@@ -20,11 +20,12 @@ KEEP = 8
 
 
 class Noise(NamedTuple):
-    """What decides the noise: seed and number of the first image. ``counter``, int64 (2,) on the
-    device, is added to both: a graph reads it anew at each replay."""
+    """What decides the noise: seed, number of the first image and of the first hypothesis.
+    ``counter``, int64 (3,) on the device, is added to them: a graph reads it anew each time."""
 
     seed: int = 0
     image_offset: int = 0
+    first_sample: int = 0
     counter: Tensor | None = None
 
 
@@ -150,7 +151,7 @@ class _Captured:
                     None if t is None else t.clone(memory_format=torch.contiguous_format)
                     for t in inputs
                 ]
-                self.counter = torch.zeros(2, dtype=torch.int64, device=capture.device)
+                self.counter = torch.zeros(3, dtype=torch.int64, device=capture.device)
                 run = partial(function, *self.inputs, Noise(counter=self.counter))
                 run()  # the first run sets up what a capture may not: kernels, libraries
             self.graph, self.outputs = capture.record(run, beside)
@@ -163,6 +164,7 @@ class _Captured:
         # Filled, not copied: numbers travel with the launch, from no memory that must stay.
         self.slots[0].fill_(signed(noise.seed))
         self.slots[1].fill_(noise.image_offset)
+        self.slots[2].fill_(noise.first_sample)
         self.graph.replay()
         return _copies(self.outputs)
 

@@ -143,14 +143,7 @@ class PoseEstimator:
     def condition(self, gaussians: Gaussians, observed: Tensor, size: tuple[int, int]) -> Tensor:
         """Condition (P, cond_dim) of Gaussians on a map of ``size`` (H, W), of which those not
         ``observed`` (P, 13) are replaced; NaN for a person of whom none is."""
-        model = self.model
-        filled = _fill_unseen(gaussians, observed, size)
-        # A matrix product of another size may round otherwise. One person at a time makes the
-        # hypotheses independent of the batch, to the last bit; on CUDA it would cost too much.
-        rows = 1 if model.centre.device.type == "cpu" else len(observed)
-        parts = (values.to(model.centre.dtype).split(rows) for values in filled)
-        cond = torch.cat([model.condition(a, m, c, size) for a, m, c in zip(*parts, strict=True)])
-        return cond.masked_fill(~observed.any(1, keepdim=True), torch.nan)
+        return condition_of(self.model, gaussians, observed, size)
 
     def sample(self, cond: Tensor, noise: Noise) -> tuple[Tensor, ...]:
         """First six fields of :class:`PoseEstimate`; NaN where ``cond`` (P, C) is not finite.
@@ -173,6 +166,19 @@ class PoseEstimator:
         covariance = (centred[..., :, None] * centred[..., None, :]).mean(1)
         std = covariance.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
         return poses, log_prob, mode, mean, std, covariance
+
+
+def condition_of(
+    model: LiftingFlow, gaussians: Gaussians, observed: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """:meth:`PoseEstimator.condition` of a model."""
+    filled = _fill_unseen(gaussians, observed, size)
+    # A matrix product of another size may round otherwise. One person at a time makes the
+    # hypotheses independent of the batch, to the last bit; on CUDA it would cost too much.
+    rows = 1 if model.centre.device.type == "cpu" else len(observed)
+    parts = (values.to(model.centre.dtype).split(rows) for values in filled)
+    cond = torch.cat([model.condition(a, m, c, size) for a, m, c in zip(*parts, strict=True)])
+    return cond.masked_fill(~observed.any(1, keepdim=True), torch.nan)
 
 
 def is_fitted(fit: GaussianFit) -> Tensor:

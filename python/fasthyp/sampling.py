@@ -67,6 +67,7 @@ class HypothesisSampler:
         return_log_prob: bool = False,
         generator: torch.Generator | None = None,
         image_offset: int = 0,
+        first_sample: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Sample hypotheses.
 
@@ -83,6 +84,9 @@ class HypothesisSampler:
             return_log_prob: also return log p(x) (B, M) in nats, the density of the noise dims.
             generator: where a seed is drawn from.
             image_offset: number of the first image, where a batch is part of a longer list.
+            first_sample: number of the first hypothesis, where these are some of many:
+                ``num_samples`` and ``first_sample`` give numbers ``first_sample`` to
+                ``first_sample + num_samples - 1`` of one long call.
 
         Returns:
             x (B, M, D), with ``return_log_prob`` also log p (B, M).
@@ -107,14 +111,17 @@ class HypothesisSampler:
         check_int("image_offset", image_offset, 0, 2**32 - (batch or 1))
         if num_samples is not None:
             check_int("num_samples", num_samples, 1, 2**32)
+        check_int("first_sample", first_sample, 0, 2**32 - (num_samples or 1000) + 1)
 
         noise = Noise()
         if z is None:
             num_samples = 1000 if num_samples is None else num_samples
-            noise = Noise(resolve_seed(seed, generator), image_offset)
+            noise = Noise(resolve_seed(seed, generator), image_offset, first_sample)
         else:
-            if seed is not None or generator is not None or include_mode:
-                raise ValueError("z: given latents leave nothing to seed, generator, include_mode")
+            if seed is not None or generator is not None or include_mode or first_sample:
+                raise ValueError(
+                    "z: given latents leave nothing to seed, generator, include_mode, first_sample"
+                )
             _check_tensor("z", z, like, 3)
             expected = (
                 z.shape[0] if batch is None else batch,
@@ -131,7 +138,7 @@ class HypothesisSampler:
                 assert num_samples is not None
                 x, log_prob = executor.sample(
                     *(cond, num_samples, noise.seed, noise.image_offset, fixed),
-                    *(include_mode, noise.counter),
+                    *(include_mode, noise.counter, noise.first_sample),
                 )
                 return (x, log_prob) if return_log_prob else (x,)
             latent = z

@@ -1,4 +1,4 @@
-"""The 13 COCO body joints: names, order, bones and left/right pairs. The tree of SMPL."""
+"""Skeletons: names and order of joints, bones and left/right pairs."""
 
 from __future__ import annotations
 
@@ -45,5 +45,74 @@ COCO13_BONES = (
 COCO13_PARENTS = (-1, 0, 0, 1, 2, 3, 4, 1, 2, 7, 8, 9, 10)
 """The joint next to each one on the way to the nose; -1 for the nose itself."""
 
+H36M17_JOINTS = (
+    *("pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
+    *("spine", "thorax", "neck", "head", "left_shoulder", "left_elbow", "left_wrist"),
+    *("right_shoulder", "right_elbow", "right_wrist"),
+)
+"""Human3.6M's 17 joints in the order of the data set; "neck" is at the chin, "head" the top."""
+
+MPII16_JOINTS = (
+    *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "pelvis"),
+    *("thorax", "upper_neck", "head_top", "right_wrist", "right_elbow", "right_shoulder"),
+    *("left_shoulder", "left_elbow", "left_wrist"),
+)
+"""MPII's 16 joints; "thorax" is between the shoulders."""
+
+COCO17_JOINTS = (
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
+    *COCO13_JOINTS[1:],
+)
+"""The 17 joints of COCO."""
+
+OPENPOSE18_JOINTS = (
+    *("nose", "neck", "right_shoulder", "right_elbow", "right_wrist"),
+    *("left_shoulder", "left_elbow", "left_wrist", "right_hip", "right_knee", "right_ankle"),
+    *("left_hip", "left_knee", "left_ankle", "right_eye", "left_eye", "right_ear", "left_ear"),
+)
+"""The 18 joints that OpenPose finds with its COCO model."""
+
+OPENPOSE25_JOINTS = (
+    *OPENPOSE18_JOINTS[:8],
+    "pelvis",
+    *OPENPOSE18_JOINTS[8:],
+    *("left_big_toe", "left_small_toe", "left_heel"),
+    *("right_big_toe", "right_small_toe", "right_heel"),
+)
+"""The 25 joints of OpenPose's BODY_25."""
+
+SMPL24_JOINTS = (
+    *("pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2"),
+    *("left_ankle", "right_ankle", "spine3", "left_foot", "right_foot", "neck"),
+    *("left_collar", "right_collar", "head", "left_shoulder", "right_shoulder"),
+    *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand"),
+)
+"""The skeleton of SMPL; the first 22 are also those of SMPL+H and SMPL-X."""
+
 SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 """The joint next to each of SMPL's 24 on the way to the pelvis; -1 for the pelvis itself."""
+
+HMR24_JOINTS = (
+    *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle"),
+    *("right_wrist", "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist"),
+    *("neck", "head_top", "pelvis", "thorax", "spine", "jaw", "head"),
+    *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
+)
+"""The 24 annotated joints of the files of SPIN, ProHMR and POCO: LSP's 14, MPII's pelvis and
+thorax, Human3.6M's spine, jaw and head, five of the face."""
+
+MPI_INF_3DHP17_JOINTS = (
+    *("head_top", "neck", "right_shoulder", "right_elbow", "right_wrist"),
+    *("left_shoulder", "left_elbow", "left_wrist", "right_hip", "right_knee", "right_ankle"),
+    *("left_hip", "left_knee", "left_ankle", "pelvis", "spine", "head"),
+)
+"""The 17 joints of MPI-INF-3DHP's test set."""
+
+MPI_INF_3DHP28_JOINTS = (
+    *("spine3", "spine4", "spine2", "spine", "pelvis", "neck", "head", "head_top"),
+    *("left_clavicle", "left_shoulder", "left_elbow", "left_wrist", "left_hand"),
+    *("right_clavicle", "right_shoulder", "right_elbow", "right_wrist", "right_hand"),
+    *("left_hip", "left_knee", "left_ankle", "left_foot", "left_toe"),
+    *("right_hip", "right_knee", "right_ankle", "right_foot", "right_toe"),
+)
+"""The 28 joints of MPI-INF-3DHP's training set."""

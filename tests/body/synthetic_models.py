@@ -205,6 +205,11 @@ class Python2Writer:
             for item in value:
                 self.value(item)
             self.out.write(b"t")
+        elif isinstance(value, list):
+            self.out.write(b"(")
+            for item in value:
+                self.value(item)
+            self.out.write(b"l")
         elif value is None:
             self.out.write(b"N")
         elif isinstance(value, int):

@@ -17,6 +17,7 @@ import pytest
 import scipy.sparse
 from safetensors.numpy import save_file
 
+from fasthyp._unpickling import SparseMatrix, UnreadableFile, read_pickle
 from fasthyp.body import (
     SMPL,
     ModelFileError,
@@ -26,7 +27,6 @@ from fasthyp.body import (
     save_arrays,
 )
 from fasthyp.body import arrays as arrays_module
-from fasthyp.body.unpickling import SparseMatrix, read_pickle
 from tests.body import synthetic_models as synthetic
 
 MODEL = synthetic.model(vertices=60, shapes=3)
@@ -280,11 +280,11 @@ def test_hostile_pickles_are_refused(
 
 
 def test_refusal_says_what_was_named() -> None:
-    with pytest.raises(ModelFileError, match=r"model\.pkl: refused: the pickle names 'os\.system'"):
+    with pytest.raises(UnreadableFile, match=r"model\.pkl: refused: the pickle names 'os\.system'"):
         read_pickle(HOSTILE["os.system"], "model.pkl")
-    with pytest.raises(ModelFileError, match="persistent id"):
+    with pytest.raises(UnreadableFile, match="persistent id"):
         read_pickle(HOSTILE["persistent id"], "m")
-    with pytest.raises(ModelFileError, match="extension registry"):
+    with pytest.raises(UnreadableFile, match="extension registry"):
         read_pickle(HOSTILE["extension 1"], "m")
 
 
@@ -293,7 +293,7 @@ def test_reader_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"import of {name}")
 
     monkeypatch.setattr("builtins.__import__", refuse)
-    with pytest.raises(ModelFileError):
+    with pytest.raises(UnreadableFile):
         read_pickle(b"cantigravity\nfly\n.", "m")
 
 
@@ -308,7 +308,7 @@ def test_sparse_matrices_that_lie(state: dict[str, Any]) -> None:
     state = {k: np.asarray(v) if isinstance(v, list) else v for k, v in state.items()}
     writer = synthetic.Python2Writer()
     writer.instance("scipy.sparse.csc", "csc_matrix", state)
-    with pytest.raises(ModelFileError):
+    with pytest.raises(UnreadableFile):
         read_pickle(writer.out.getvalue() + b".", "m")
 
 
@@ -337,7 +337,7 @@ def test_damaged_sparse_matrices(change: dict[str, Any], message: str) -> None:
     writer.string(b"J_regressor")
     writer.instance("scipy.sparse.csc", "csc_matrix", state)
     raw = writer.out.getvalue() + b"s."
-    with pytest.raises(ModelFileError, match=rf"J_regressor.*({message})"):
+    with pytest.raises(UnreadableFile, match=rf"J_regressor.*({message})"):
         read_pickle(raw, "m")
 
 

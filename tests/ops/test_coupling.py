@@ -792,6 +792,8 @@ def test_philox_normal(seed: int, dim: int) -> None:
     torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
     assert torch.equal(ops.philox_normal(3, 50, dim, seed, 2**31 + 4)[1:], got[:2])
     assert torch.equal(ops.philox_normal(3, 20, dim, seed, 2**31 + 5), got[:, :20])
+    for normal, whole in ((ops.philox_normal, got), (reference.philox_normal, want)):
+        assert torch.equal(normal(3, 37, dim, seed, 2**31 + 5, True, 13), whole[:, 13:])
 
 
 def test_philox_normal_is_normal() -> None:
@@ -824,12 +826,23 @@ def test_sample(fixed_dim: int, include_mode: bool) -> None:
     torch.testing.assert_close(log_prob, want_log_prob, rtol=1e-5, atol=1e-5)
     if include_mode:
         assert not noise[:, 0].any()
-    counter = torch.tensor([2, 6])
+    counter = torch.tensor([2, 6, 0])
     again = packed.sample(cond, 20, 3, None, 1, fixed, include_mode, counter)
     assert torch.equal(again[0], x)
     assert torch.equal(again[1], log_prob)
+    for first, last in ((0, 7), (7, 8), (8, 20)):  # a part of the hypotheses
+        for counter in (None, torch.tensor([2, 6, first])):
+            start = (5, None, 7) if counter is None else (3, None, 1)
+            number = first if counter is None else 0
+            arguments = (cond, last - first, *start, fixed, include_mode, counter, number)
+            part = packed.sample(*arguments)
+            assert torch.equal(part[0], x[:, first:last])
+            assert torch.equal(part[1], log_prob[:, first:last])
     with pytest.raises(ValueError, match="counter: expected int64"):
-        packed.sample(cond, 20, 3, counter=counter.int())
+        packed.sample(cond, 20, 3, counter=torch.zeros(2, dtype=torch.int64))
+    for first in (-1, 2**32 - 19):
+        with pytest.raises(ValueError, match="first_sample: expected 0 to"):
+            packed.sample(cond, 20, 3, first_sample=first)
 
 
 @pytest.mark.parametrize("fixed_dim", [0, 2])

@@ -101,7 +101,8 @@ def test_bad_plans() -> None:
         ({"cond": torch.randn(3, 4).double()}, TypeError, "cond: expected dtype"),
         ({"fixed": torch.randn(3, 10)}, ValueError, "fixed: expected shape"),
         ({"fixed": torch.randn(3, 2).double()}, TypeError, "fixed: expected dtype"),
-        ({"counter": torch.zeros(2)}, ValueError, "counter: expected int64"),
+        ({"first_sample": -1}, ValueError, "first_sample: expected 0 to"),
+        ({"counter": torch.zeros(3)}, ValueError, "counter: expected int64"),
         ({"plan": torch.zeros(9)}, ValueError, "plan: expected"),
         ({"packed": torch.zeros(64)}, ValueError, "packed: expected"),
     ],
@@ -113,7 +114,7 @@ def test_bad_samples(change: dict[str, Any], error: type, message: str) -> None:
     plan, weights = _coupling_cuda.pack(steps, index, 9, 4, "high", torch.device("cpu"))
     arguments = {
         **{"cond": torch.randn(3, 4), "fixed": None, "packed": weights, "plan": plan},
-        **{"batch": 3, "num_samples": 5, "seed": 0, "image_offset": 0},
+        **{"batch": 3, "num_samples": 5, "seed": 0, "image_offset": 0, "first_sample": 0},
         **{"include_mode": False, "counter": None},
     }
     with pytest.raises(error, match=message):
@@ -223,12 +224,18 @@ def test_cuda_samples_as_the_cpu() -> None:
     options = {"seed": 2**63 + 11, "image_offset": 3, "include_mode": True}
     want = cpu.sample(cond, 200, fixed=fixed, **options)
     got = cuda.sample(cond.cuda(), 200, fixed=fixed.cuda(), **options)
-    counter = torch.tensor([4, 2], device="cuda")
+    counter = torch.tensor([4, 2, 0], device="cuda")
     options = {**options, "seed": 2**63 + 7, "image_offset": 1}
     same = cuda.sample(cond.cuda(), 200, fixed=fixed.cuda(), counter=counter, **options)
     for a, b, c in zip(got, same, want, strict=True):
         assert torch.equal(a, b)
         assert max_error(a.cpu(), c) <= 1e-5 * float(c.abs().max())
+    counter = torch.tensor([4, 2, 60], device="cuda")
+    rest = cuda.sample(
+        cond.cuda(), 100, fixed=fixed.cuda(), counter=counter, first_sample=40, **options
+    )
+    for a, c in zip(rest, want, strict=True):
+        assert max_error(a.cpu(), c[:, 100:]) <= 1e-5 * float(c.abs().max())
 
 
 @pytest.mark.gpu

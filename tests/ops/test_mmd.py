@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 from torch import Tensor
 
 import fasthyp
@@ -223,6 +224,42 @@ def test_unbiased_averages_zero(kernel: Any) -> None:
         error = value.std() / math.sqrt(len(value))
         assert value.mean().abs() < 3 * error
         assert fasthyp.mmd2(x, y, (0.5, 2.0), kernel, "biased", weights).mean() > 20 * error
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_two_sample_test(kernel: Any, estimator: Any) -> None:
+    """Gretton et al., JMLR 2012: at 5% it rejects 5% of equal pairs, and most of unequal ones.
+
+    What the value is compared with are the Gram matrices' values for 99 random splits of the
+    samples, so a value of another scale or bias would reject more or less often.
+    """
+    pairs, n, splits = 1000, 12, 99
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(2, pairs, n, 2, generator=generator, dtype=torch.float64)
+    signs = torch.full((pairs, splits, 2 * n), -1.0 / n, dtype=torch.float64)
+    order = torch.rand(signs.shape, generator=generator).argsort(-1)
+    signs.scatter_(-1, order[..., :n], 1.0 / n)
+
+    def rejections(x: Tensor, y: Tensor) -> int:
+        pool = torch.cat((x, y), 1)
+        squares = (pool[:, :, None] - pool[:, None]).square().sum(-1)
+        gram = sum(
+            (-squares / (2 * a * a)).exp() if kernel == "rbf" else a * a / (a * a + squares)
+            for a in (0.5, 2.0)
+        )
+        null = (signs @ gram * signs).sum(-1)  # (pairs, splits): the biased estimates
+        if estimator == "unbiased":  # from sums over the pairs of two samples
+            alone = gram.diagonal(dim1=1, dim2=2).sum(-1, keepdim=True)
+            everything = gram.sum((1, 2))[:, None] - alone
+            difference = n * n * null - alone  # within the sets less across them
+            within, across = (everything + difference) / 2, (everything - difference) / 2
+            null = within / (n * (n - 1)) - across / n**2
+        value = fasthyp.mmd2(x, y, (0.5, 2.0), kernel, estimator)
+        return int(((null >= value[:, None]).sum(1) < 5).sum())  # of 100 values the greatest five
+
+    assert binomtest(rejections(x, y), pairs, 0.05).pvalue > 1e-3
+    assert rejections(x, y + 2.0) > 0.9 * pairs
 
 
 # --- weights ---

@@ -141,6 +141,33 @@ def test_gradients_are_those_of_the_reference(kind: str, masked: bool) -> None:
                 assert (found[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("fit", [ops.procrustes, reference.procrustes])
+def test_scale_of_a_point(fit: Any) -> None:
+    """Zero but for the rounding of the mean; a pose of the size of that rounding keeps its own."""
+    for joints, place in ((17, 0.0), (17, 0.1), (19, 0.3), (23, 1.7)):
+        target = poses(4, joints)
+        rotation, scale, translation = fit(torch.full_like(target, place), target, None)
+        assert torch.equal(scale, torch.zeros(4).double())
+        equal(translation, target.mean(1))
+        assert torch.equal(torch.linalg.det(rotation).round(), torch.ones(4).double())
+    target = poses(4, 1000)
+    assert torch.equal(fit(1 + 3e-15 * target, target, None)[1], torch.zeros(4).double())
+    scale = fit(1 + 1e-11 * target, target, None)[1]
+    equal(scale, torch.full((4,), 1e11).double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("error", [pa_mpjpe, reference.error])
+def test_gradient_of_a_point(error: Any) -> None:
+    source = torch.full((4, 17, 3), 0.1, dtype=torch.float64, requires_grad=True)
+    by_source, by_target = torch.autograd.grad(
+        error(source, target := poses(4, 17).requires_grad_()).sum(), (source, target)
+    )
+    assert torch.equal(by_source, torch.zeros_like(source))
+    away = target - target.mean(1, keepdim=True)
+    pull = away / away.norm(dim=-1, keepdim=True) / 17
+    equal(by_target, (pull - pull.mean(1, keepdim=True)).detach())
+
+
 @pytest.mark.parametrize("function", [pa_mpjpe, reference.error])
 def test_no_gradient_where_the_rotation_is_free(function: Any) -> None:
     sphere, mirrored = degenerate()["mirrored sphere"]

@@ -1,7 +1,7 @@
 // coupling SEED INPUT OUTPUT: runs a flow with the CUDA kernels on the host.
 // Input: int64 numbers of plan numbers, packed bytes, inverse, images, per_image, has input, has
-// condition, seed, image offset, fixed dims, include mode, whether seed and offset come from the
-// device; then plan, packed weights, input, condition, fixed. Output: output, log_det.
+// condition, seed, image offset, first sample, fixed dims, include mode, whether seed and offsets
+// come from the device; then plan, packed weights, input, condition, fixed. Output: output, log_det.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +38,7 @@ int main(int argc, char** argv) try {
   if (argc != 4) return 2;
   simt::set_seed(std::strtoull(argv[1], nullptr, 10));
   std::ifstream in(argv[2], std::ios::binary);
-  const Array head = read(in, 12 * 8);
+  const Array head = read(in, 13 * 8);
   const auto* n = reinterpret_cast<const std::int64_t*>(head.get());
   const Array numbers = read(in, n[0] * 8);
   using namespace fasthyp::coupling::cuda;
@@ -48,7 +48,7 @@ int main(int argc, char** argv) try {
   const std::int64_t rows = n[3] * n[4];
   const Array input = read(in, n[5] ? rows * plan.dim * 4 : 0);
   const Array cond = read(in, n[6] ? n[3] * plan.cond_stride * 4 : 0);
-  const Array fixed = read(in, n[3] * n[9] * 4);
+  const Array fixed = read(in, n[3] * n[10] * 4);
   const std::int64_t workspace_size = workspace_bytes(plan, n[3], n[4]);
   const Array workspace = allocate(workspace_size);
   const Array output = allocate(rows * plan.dim * 4), log_det = allocate(rows * 4);
@@ -64,17 +64,18 @@ int main(int argc, char** argv) try {
   call.log_det = reinterpret_cast<float*>(log_det.get());
   call.workspace = workspace.get();
   call.workspace_bytes = workspace_size;
-  const Array counter = allocate(2 * 8);
-  std::copy_n(n + 7, 2, reinterpret_cast<std::int64_t*>(counter.get()));
-  if (n[11]) {
+  const Array counter = allocate(3 * 8);
+  std::copy_n(n + 7, 3, reinterpret_cast<std::int64_t*>(counter.get()));
+  if (n[12]) {
     call.counter = reinterpret_cast<const std::int64_t*>(counter.get());
   } else {
     call.seed = static_cast<std::uint64_t>(n[7]);
     call.image_offset = n[8];
+    call.first_sample = n[9];
   }
-  call.fixed = n[9] ? reinterpret_cast<const float*>(fixed.get()) : nullptr;
-  call.fixed_dims = static_cast<int>(n[9]);
-  call.include_mode = n[10] != 0;
+  call.fixed = n[10] ? reinterpret_cast<const float*>(fixed.get()) : nullptr;
+  call.fixed_dims = static_cast<int>(n[10]);
+  call.include_mode = n[11] != 0;
   run(call, 0, nullptr);
   std::ofstream file(argv[3], std::ios::binary);
   file.write(reinterpret_cast<const char*>(output.get()), rows * plan.dim * 4);

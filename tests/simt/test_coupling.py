@@ -53,6 +53,7 @@ class Emulated:
         thread_seed: int = 0,
         seed: int = 0,
         image_offset: int = 0,
+        first_sample: int = 0,
         fixed: Tensor | None = None,
         include_mode: bool = False,
         counter: bool = False,
@@ -60,8 +61,8 @@ class Emulated:
         fixed_dims = 0 if fixed is None else fixed.shape[1]
         numbers = [
             *(len(self.plan), self.packed.numel(), inverse, batch, samples),
-            *(x is not None, cond is not None, seed, image_offset, fixed_dims, include_mode),
-            counter,
+            *(x is not None, cond is not None, seed, image_offset, first_sample),
+            *(fixed_dims, include_mode, counter),
         ]
         if cond is not None:
             cond = torch.nn.functional.pad(cond, (0, -cond.shape[1] % 4))
@@ -252,3 +253,10 @@ def test_samples(coupling: Path, tmp_path: Path, fixed_dim: int, residual: bool)
     torch.testing.assert_close(x, want, rtol=2e-5, atol=2e-5)
     want_log_prob = reference.standard_normal_log_prob(noise) - log_jac
     torch.testing.assert_close(log_prob, want_log_prob, rtol=1e-5, atol=2e-5)
+    for counter in (False, True):  # hypotheses 0 to 4, then 5 to 10
+        parts = [
+            flow.run(True, 3, count, None, cond, **options, first_sample=first, counter=counter)
+            for first, count in ((0, 5), (5, 6))
+        ]
+        assert torch.equal(torch.cat([part for part, _ in parts], 1), x)
+        assert torch.equal(torch.cat([part for _, part in parts], 1), log_prob)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fasthyp.body.arrays import BodyArrays
-from fasthyp.body.joint_maps import COCO17_JOINTS, H36M17_JOINTS
 from fasthyp.body.landmarks import rotation_matrices
 from fasthyp.body.linear import LinearBody
 from fasthyp.body.outputs import BodyOutput
 from fasthyp.body.skinning import lbs, regress_joints
+from fasthyp.skeleton import COCO17_JOINTS, H36M17_JOINTS
 
 # Bones at whose heads Human3.6M's joints lie that COCO lacks.
 _H36M_BONES = {"spine": "spine03", "thorax": "neck01", "neck": "head"}
@@ -33,7 +33,7 @@ class AnnyBody(LinearBody):
         bone_labels: names of the joints.
         phenotypes: what :meth:`shape` takes.
         coco17, h36m17: regressors (17, V) of COCO's joints, by Anny's own data, and of
-            Human3.6M-like ones, in the orders of :mod:`fasthyp.body.joint_maps`.
+            Human3.6M-like ones, in the orders of :mod:`fasthyp.skeleton`.
     """
 
     coco17: Tensor

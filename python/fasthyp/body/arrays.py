@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fasthyp._unpickling import SparseMatrix
 from fasthyp.body.errors import ModelFileError
 from fasthyp.body.files import SUFFIXES, load_arrays, save_arrays
-from fasthyp.body.unpickling import SparseMatrix
 
 _MAX_VERTICES, _MAX_JOINTS, _MAX_SHAPES = 1 << 20, 1 << 10, 1 << 12
 _ROOT = (-1, 2**32 - 1)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-_LONGEST = 900
+from fasthyp._unpickling import UnreadableFile
 
 
-class ModelFileError(ValueError):
+class ModelFileError(UnreadableFile):
     """A model or regressor file that cannot be read; says the file, the array and what is wrong."""
-
-    def __init__(self, message: str) -> None:
-        # what a file names, and so puts into a message, may be as long as the file
-        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")

@@ -16,8 +16,8 @@ from typing import IO, Any
 import numpy as np
 
 from fasthyp._files import replacing
+from fasthyp._unpickling import SparseMatrix, UnreadableFile, read_pickle
 from fasthyp.body.errors import ModelFileError
-from fasthyp.body.unpickling import SparseMatrix, read_pickle
 
 MAX_FILE_BYTES = 1 << 30
 """No model file comes near a gigabyte; larger ones are refused unread."""
@@ -34,11 +34,11 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything in a model file that is an array.
 
     Args:
-        path: a ``.pkl`` (read without being run, see :mod:`fasthyp.body.unpickling`), ``.npz``,
+        path: a ``.pkl`` (read without being run, see :mod:`fasthyp._unpickling`), ``.npz``,
             ``.npy`` or ``.safetensors`` file.
 
     Returns:
-        Name to NumPy array or :class:`~fasthyp.body.unpickling.SparseMatrix`; the array of an
+        Name to NumPy array or :class:`~fasthyp._unpickling.SparseMatrix`; the array of an
         ``.npy`` file and of a pickle that is one array has the empty name.
 
     Raises:
@@ -62,7 +62,10 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_safetensors(data, name)
     if file.suffix == ".npy":
         return {"": _read_npy(data, name)}
-    value = read_pickle(data, name)
+    try:
+        value = read_pickle(data, name)
+    except UnreadableFile as error:
+        raise ModelFileError(str(error)) from None
     if not isinstance(value, dict):
         value = {"": value}
     return {k: v for k, v in value.items() if isinstance(v, np.ndarray | SparseMatrix)}

@@ -5,15 +5,7 @@
 
 from __future__ import annotations
 
-from fasthyp.skeleton import COCO13_JOINTS, COCO17_TO_COCO13
-
-SMPL24_JOINTS = (
-    *("pelvis", "left_hip", "right_hip", "spine1", "left_knee", "right_knee", "spine2"),
-    *("left_ankle", "right_ankle", "spine3", "left_foot", "right_foot", "neck"),
-    *("left_collar", "right_collar", "head", "left_shoulder", "right_shoulder"),
-    *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hand", "right_hand"),
-)
-"""The skeleton of SMPL; the first 22 are also those of SMPL+H and SMPL-X."""
+from fasthyp.skeleton import COCO13_JOINTS, COCO17_JOINTS, H36M17_JOINTS, SMPL24_JOINTS
 
 SMPL45_JOINTS = (
     *SMPL24_JOINTS,
@@ -27,20 +19,6 @@ SMPL45_JOINTS = (
     ),
 )
 """The joints of a call of :class:`~fasthyp.body.SMPL`."""
-
-COCO17_JOINTS = (
-    *("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder"),
-    *("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip"),
-    *("left_knee", "right_knee", "left_ankle", "right_ankle"),
-)
-assert tuple(COCO17_JOINTS[k] for k in COCO17_TO_COCO13) == COCO13_JOINTS
-
-H36M17_JOINTS = (
-    *("pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
-    *("spine", "thorax", "neck", "head", "left_shoulder", "left_elbow", "left_wrist"),
-    *("right_shoulder", "right_elbow", "right_wrist"),
-)
-"""Human3.6M's 17 joints in the order of the data set; "neck" is at the chin, "head" the top."""
 
 LSP14_JOINTS = (
     *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle"),

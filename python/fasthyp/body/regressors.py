@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasthyp._unpickling import SparseMatrix
 from fasthyp.body.arrays import checked
 from fasthyp.body.errors import ModelFileError
 from fasthyp.body.files import load_arrays
-from fasthyp.body.unpickling import SparseMatrix
 
 SMPL_VERTICES, SMPLX_VERTICES = 6890, 10475
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fasthyp.body.arrays import BodyArrays
-from fasthyp.body.joint_maps import H36M17_JOINTS, SMPL24_JOINTS
 from fasthyp.body.linear import LinearBody
-from fasthyp.skeleton import SMPL_PARENTS
+from fasthyp.skeleton import H36M17_JOINTS, SMPL24_JOINTS, SMPL_PARENTS
 
 STICK_SHAPES = (
     *("pelvis", "thigh", "shank", "foot", "lower_trunk", "upper_trunk"),

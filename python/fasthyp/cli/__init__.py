@@ -27,9 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 train_app = typer.Typer(help="Train a model.")
-evaluate_app = typer.Typer(help="Evaluate a model.")
 app.add_typer(train_app, name="train")
-app.add_typer(evaluate_app, name="evaluate")
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer may carry its own copy of click
 
@@ -61,6 +59,16 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DataFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="cmu, persons, h36m, wehrbein, 3dhp, 3dpw, emdb or hmr.", show_default="found out"
+    ),
+]
+DataOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-O", metavar="NAME=VALUE", help="Of the data set's reader."),
+]
 Data = Annotated[Path, typer.Option(help="CMU motion capture poses, .npz.")]
 
 
@@ -260,37 +268,48 @@ def train_lifting(
     print(f"wrote {out / 'lifting.safetensors'}")
 
 
-@evaluate_app.command("lifting")
-def evaluate_lifting_command(
-    data: Data,
-    model: Model = None,
-    num_samples: NumSamples = 200,
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a trained model, or `lifting` for the bundled one."
+        ),
+    ],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="File or folder of a data set.")],
+    format: DataFormat = None,
+    option: DataOptions = None,
+    num_samples: Annotated[
+        str, typer.Option("--num-samples", "-n", help="For each M the best of M hypotheses.")
+    ] = "1,10,200,1000",
+    joints: Annotated[
+        str | None,
+        typer.Option(help="Names of joints to compare.", show_default="all that both have"),
+    ] = None,
     seed: Seed = 0,
-    precision: InPrecision = Precision.highest,
+    device: OnDevice = Device.cpu,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most persons at a time.")] = 64,
     as_json: Json = False,
 ) -> None:
-    """Errors, likelihood and calibration on the held-out clips, beside two baselines."""
-    from fasthyp.cli._sample import load_model, progress_bar
-    from fasthyp.train.evaluation import evaluate_lifting
+    """Errors, scores, spread and calibration of a model's hypotheses on a data set.
 
-    network = load_model(model)
-    with progress_bar("persons", None) as advance:
-        done = 0
+    Under `torchrun --nproc-per-node N -m fasthyp evaluate ...` the processes share the persons; the
+    figures stay the same.
+    """
+    from fasthyp.cli._evaluate import run
 
-        def report(now: int, total: int) -> None:
-            nonlocal done
-            advance(now - done, total)
-            done = now
-
-        result = evaluate_lifting(
-            network, data, num_samples, seed=seed, precision=precision.value, progress=report
-        )
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in result.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v:.3g}" for k, v in value.items())
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console(highlight=False).print(table)
+    try:
+        numbers = [int(number) for number in num_samples.split(",")]
+    except ValueError:
+        raise ValueError(f"--num-samples: expected numbers, got {num_samples!r}") from None
+    run(
+        *(model, data),
+        format=format,
+        options=option or [],
+        num_samples=numbers,
+        joints=joints.split(",") if joints else None,
+        seed=seed,
+        device=device.value,
+        batch_size=batch_size,
+        as_json=as_json,
+    )

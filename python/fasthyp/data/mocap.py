@@ -65,7 +65,7 @@ def load_cmu(path: str | PathLike[str], part: str, joints: str = "coco13") -> Mo
             test), ``subject`` and ``glitch``. Never unpickled.
         part: ``"train"``, ``"validation"`` or ``"test"``.
         joints: ``"coco13"``, or ``"h36m17"`` for those of Human3.6M, in
-            :data:`~fasthyp.body.joint_maps.H36M17_JOINTS`' order.
+            :data:`~fasthyp.skeleton.H36M17_JOINTS`' order.
 
     Raises:
         ValueError: the file cannot be read, an array is missing or has the wrong shape, the joint

@@ -18,7 +18,8 @@ from fasthyp.body.files import read_npz
 
 @dataclass(frozen=True)
 class PersonBatch:
-    """B persons. Every field but the names is a tensor of B rows, or None where it is not known.
+    """B persons. Every field but the names is a tensor of B rows, or None where it is not known;
+    of a joint that is not known of one person the coordinates are NaN.
 
     Attributes:
         joints_3d: (B, J, 3) metres, camera axes (x right, y down, z forward), root at the origin.

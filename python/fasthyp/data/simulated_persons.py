@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fasthyp.body.joint_maps import COCO17_JOINTS, H36M17_JOINTS, SMPL24_JOINTS
 from fasthyp.body.stick import (
     H36M17_POINTS,
     SHAPE_STEP,
@@ -36,16 +35,15 @@ from fasthyp.data.simulate import (
     look,
 )
 from fasthyp.geometry import axis_angle_to_matrix
-from fasthyp.skeleton import COCO13_JOINTS
+from fasthyp.skeleton import (
+    COCO13_JOINTS,
+    COCO17_JOINTS,
+    H36M17_JOINTS,
+    MPII16_JOINTS,
+    SMPL24_JOINTS,
+)
 
 PARTS = ("train", "validation", "test")
-
-MPII16_JOINTS = (
-    *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "pelvis"),
-    *("thorax", "upper_neck", "head_top", "right_wrist", "right_elbow", "right_shoulder"),
-    *("left_shoulder", "left_elbow", "left_wrist"),
-)
-"""MPII's joints in the order of the data set."""
 
 DETECTORS = {
     "h36m17": H36M17_JOINTS,

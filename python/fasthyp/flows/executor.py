@@ -184,13 +184,15 @@ class FlowExecutor:
         fixed: Tensor | None = None,
         include_mode: bool = False,
         counter: Tensor | None = None,
+        first_sample: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draw hypotheses: x (B, M, D) and log p(x) (B, M), without gradients.
 
         The noise of a hypothesis depends on ``seed``, the image's number (``image_offset`` + its
-        place in the batch) and its own number alone. ``fixed`` (B, F) fills the last F latent
-        dims; the density is then that of the noise dims. Without conditions B is 1. ``counter``,
-        int64 (2,) on the flow's device, is added to seed and image offset.
+        place in the batch) and its own number (``first_sample`` + its place) alone. ``fixed``
+        (B, F) fills the last F latent dims; the density is then that of the noise dims. Without
+        conditions B is 1. ``counter``, int64 (3,) on the flow's device, is added to seed, image
+        offset and first sample.
         """
         plan = self.current_plan()
         like = next((t for t in (cond, fixed) if t is not None), None)
@@ -207,12 +209,19 @@ class FlowExecutor:
                 fixed=fixed,
                 include_mode=include_mode,
                 counter=counter,
+                first_sample=first_sample,
             )
         if counter is not None:
-            seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
+            more = counter.tolist()
+            seed, image_offset, first_sample = (
+                seed + more[0],
+                image_offset + more[1],
+                first_sample + more[2],
+            )
         noise_dim = dim - (0 if fixed is None else fixed.shape[1])
         normal = reference.philox_normal if backend() == "reference" else ops.philox_normal
-        z = normal(batch, num_samples, noise_dim, seed, image_offset, include_mode).to(like)
+        noise = (seed, image_offset, include_mode, first_sample)
+        z = normal(batch, num_samples, noise_dim, *noise).to(like)
         log_noise = reference.standard_normal_log_prob(z)
         if fixed is not None:
             z = torch.cat([z, fixed[:, None].expand(-1, num_samples, -1)], -1)

@@ -235,7 +235,8 @@ def _distances(
     difference = _widened(pred, root) - _widened(truth, root)
     if mask is not None:  # what does not count may be NaN, and its gradient then as well
         difference = difference.masked_fill(~mask[..., None], 0.0)
-    return torch.linalg.vector_norm(difference, dim=-1)
+    # Of another order of strides, as of poses (..., D, J) transposed, PyTorch's norm is slow.
+    return torch.linalg.vector_norm(difference.contiguous(), dim=-1)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,14 +11,15 @@ from torch import Tensor
 from fasthyp._seed import check_int, resolve_seed
 from fasthyp._tensors import check_floating
 from fasthyp.metrics.pose import mpjpe
-from fasthyp.reference.coupling import philox_normal
 from fasthyp.sampling import HypothesisSampler
 
 Draw = Callable[[int, int], Tensor]
 """``draw(first, count)``: hypotheses number first to first + count - 1 of B images."""
 
-_ROWS = 8192
-"""Hypotheses at a time, of all images together."""
+_CPU_BYTES, _DEVICE_BYTES = 2**20, 2**24
+"""Of the hypotheses at a time: on a CPU few enough for its cache, elsewhere enough to fill it."""
+_LEAST = 256
+"""Hypotheses of an image at a time: what a flow does once for each image is then a small part."""
 
 
 class BestOfM(NamedTuple):
@@ -46,7 +47,7 @@ def best_of_m(
     num_samples: int,
     *,
     error: Callable[[Tensor, Tensor], Tensor] = mpjpe,
-    rows: int = _ROWS,
+    rows: int | None = None,
 ) -> BestOfM:
     """Best, mean and worst error of M hypotheses, drawn and judged a part at a time.
 
@@ -60,8 +61,9 @@ def best_of_m(
         truth: (B, J, D), in the unit of the hypotheses.
         num_samples: M.
         error: of hypotheses (B, m, J, D) and ``truth[:, None]``: (B, m). :func:`mpjpe` unless told;
-            ``functools.partial(mpjpe, root=0)`` centres on a root.
-        rows: hypotheses at a time, of all images together (at least one of each).
+            ``functools.partial(mpjpe, root=0)`` centres on a root, :func:`pa_mpjpe` aligns.
+        rows: hypotheses at a time, of all images together (at least one of each); unless told, a
+            megabyte of them on a CPU, 16 elsewhere, but at least 256 of each image.
 
     Returns:
         In the unit of the hypotheses. A hypothesis whose error is NaN makes all but ``best``,
@@ -74,9 +76,13 @@ def best_of_m(
     if truth.ndim != 3 or 0 in truth.shape:
         raise ValueError(f"truth: expected shape (B, J, D), got {tuple(truth.shape)}")
     check_int("num_samples", num_samples, 1, 2**32)
-    check_int("rows", rows, 1, 2**63)
     images = len(truth)
-    chunk = max(1, rows // images)
+    if rows is None:
+        budget = _CPU_BYTES if truth.device.type == "cpu" else _DEVICE_BYTES
+        chunk = max(_LEAST, budget // (truth.numel() * truth.element_size()))
+    else:
+        check_int("rows", rows, 1, 2**63)
+        chunk = max(1, rows // images)
     inf = truth.new_full((images,), torch.inf)
     best, worst = inf, -inf
     number = torch.full((images,), -1, device=truth.device)
@@ -118,8 +124,7 @@ def hypothesis_source(
     """Draws the hypotheses of a sampler by their numbers, for :func:`best_of_m`.
 
     ``source(first, count)`` (B, count, D) are hypotheses ``first`` to ``first + count - 1`` of
-    ``sampler(cond, M, seed=seed, ...)``, whatever M is, but for the rounding of their noise. Only
-    those asked for are computed.
+    ``sampler(cond, M, seed=seed, ...)``, whatever M is. Only those asked for are computed.
 
     Args:
         sampler: of the flow.
@@ -133,16 +138,16 @@ def hypothesis_source(
         raise TypeError(f"sampler: expected a HypothesisSampler, got {type(sampler).__name__}")
     seed = resolve_seed(seed, None)
     check_int("image_offset", image_offset, 0, 2**32)
-    plan = sampler._eval_mode()[1]
-    given = [cond] if isinstance(cond, Tensor) else [*(cond or [])]
-    images = next((len(x) for x in [*given, fixed] if isinstance(x, Tensor) and x.ndim), 1)
-    dim = plan.program.dim - (fixed.shape[-1] if isinstance(fixed, Tensor) and fixed.ndim else 0)
 
     def source(first: int, count: int) -> Tensor:
-        check_int("first", first, 0, 2**32)
-        check_int("count", count, 1, 2**32 - first + 1)
-        z = philox_normal(images, count, max(0, dim), seed, image_offset, include_mode, first)
-        x = sampler(cond, z=z.to(plan.like), fixed=fixed)
+        x = sampler(
+            *(cond, count),
+            seed=seed,
+            fixed=fixed,
+            include_mode=include_mode,
+            image_offset=image_offset,
+            first_sample=first,
+        )
         assert isinstance(x, Tensor)
         return x
 

@@ -1,6 +1,8 @@
 """Networks of published systems, and one that is ready to run."""
 
+from fasthyp.models._load import load
+from fasthyp.models.hypotheses import Hypotheses, Hypothesiser
 from fasthyp.models.lifting import LiftingFlow
 from fasthyp.models.pose_inn import PoseINN
 
-__all__ = ["LiftingFlow", "PoseINN"]
+__all__ = ["Hypotheses", "Hypothesiser", "LiftingFlow", "PoseINN", "load"]

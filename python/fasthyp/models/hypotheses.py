@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fasthyp.data.persons import PersonBatch
@@ -40,7 +42,76 @@ class Hypothesiser(Protocol):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
     ) -> Hypotheses:
         """Hypotheses of persons; the first is the mode with ``include_mode``. The same seed gives
-        the same hypotheses, and the first of them whatever their number."""
+        the same hypotheses, and the first of them whatever their number.
+
+        ``image_offset`` is the number of the first person, where these are part of a longer list:
+        hypothesis m of person p depends on the seed, p and m alone. (A model may lack it: it is
+        then asked for one person at a time.)
+        """
         ...
+
+
+def draw(
+    model: Hypothesiser,
+    persons: PersonBatch,
+    num_samples: int,
+    seed: int = 0,
+    include_mode: bool = True,
+    vertices: bool = False,
+    image_offset: int = 0,
+) -> Hypotheses:
+    """``model.hypotheses(...)``, one person at a time where that has no ``image_offset``: what
+    comes depends on the seed and the person's number, not on the split into batches.
+
+    Raises:
+        ValueError: a hypothesis is not finite; names the person.
+    """
+    answer = _drawn(model, persons, num_samples, seed, include_mode, vertices, image_offset)
+    lost = (~answer.joints_3d.isfinite().flatten(1).all(1)).nonzero()
+    if len(lost):
+        number = image_offset + int(lost[0])
+        raise ValueError(f"model: its hypotheses of person {number} are not finite")
+    return answer
+
+
+def _drawn(
+    model: Hypothesiser,
+    persons: PersonBatch,
+    num_samples: int,
+    seed: int,
+    include_mode: bool,
+    vertices: bool,
+    image_offset: int,
+) -> Hypotheses:
+    options = (include_mode, vertices)
+    if "image_offset" in inspect.signature(model.hypotheses).parameters:
+        return model.hypotheses(persons, num_samples, seed, *options, image_offset=image_offset)
+    parts = [
+        model.hypotheses(
+            persons[row : row + 1], num_samples, derive_seed(seed, image_offset + row), *options
+        )
+        for row in range(len(persons))
+    ]
+    known = [
+        name
+        for name in ("log_prob", "vertices", "uncertainty")
+        if getattr(parts[0], name) is not None
+    ]
+    return Hypotheses(
+        joints_3d=torch.cat([part.joints_3d for part in parts]),
+        joint_names=parts[0].joint_names,
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in known},
+    )
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """One of 2**64 seeds for each number: the finaliser of SplitMix64 (Steele et al., OOPSLA
+    2014)."""
+    mask = 2**64 - 1
+    z = (seed + (number + 1) * 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)

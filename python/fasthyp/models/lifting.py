@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from fasthyp._files import replacing
 from fasthyp.data.gaussian_features import gaussian_features
+from fasthyp.data.persons import PersonBatch
 from fasthyp.flows.describe import describe
 from fasthyp.flows.program import FlowProgram, Linear
+from fasthyp.heatmaps import fit_gaussians
+from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.reference.coupling import LinearMap
 from fasthyp.sampling import SamplerCache
 from fasthyp.skeleton import COCO13_JOINTS
@@ -223,6 +226,7 @@ class LiftingFlow(nn.Module):
         include_mode: bool = False,
         return_log_prob: bool = False,
         precision: str = "high",
+        image_offset: int = 0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw hypotheses (B, M, 13, 3) in metres for conditions (B, C).
 
@@ -233,12 +237,73 @@ class LiftingFlow(nn.Module):
             include_mode: put the hypothesis of z = 0 first.
             return_log_prob: also return the log-density in nats (B, M), as :meth:`log_prob`.
             precision: of :class:`fasthyp.HypothesisSampler`.
+            image_offset: number of the first condition, where these are part of a longer list.
         """
         x, log_prob = self._samplers.get(self.program, precision)(
-            cond, num_samples, seed=seed, include_mode=include_mode, return_log_prob=True
+            *(cond, num_samples),
+            seed=seed,
+            include_mode=include_mode,
+            return_log_prob=True,
+            image_offset=image_offset,
         )
         pose = x.unflatten(-1, (JOINTS, 3))
         return (pose, log_prob) if return_log_prob else pose
+
+    @torch.no_grad()
+    def hypotheses(
+        self,
+        persons: PersonBatch,
+        num_samples: int,
+        seed: int = 0,
+        include_mode: bool = True,
+        vertices: bool = False,
+        image_offset: int = 0,
+    ) -> Hypotheses:
+        """See :class:`fasthyp.models.Hypothesiser`; without ``vertices``.
+
+        Args:
+            persons: with the Gaussians ``amplitude``, ``mean`` and ``covariance`` of detector
+                joints among which the 13 are, in cells of a map of 64 x 64, or, where there are
+                none, with ``heatmaps``, which are then fitted. A joint whose Gaussian is NaN, or
+                whose heatmap could not be fitted, enters as a wide blob about the others; a person
+                of whom there is none gets NaN.
+
+        Raises:
+            ValueError: neither is known, or the detector lacks one of the 13 joints; names it.
+        """
+        from fasthyp.estimator import condition_of, is_fitted
+        from fasthyp.observations import Gaussians
+
+        joints = self._detected(persons)
+        size = (64, 64)
+        if persons.mean is None and persons.heatmaps is not None:
+            size = (persons.heatmaps.shape[-2], persons.heatmaps.shape[-1])
+            fit = fit_gaussians(persons.heatmaps[:, joints])
+            given = Gaussians(fit.amplitude, fit.mean, fit.covariance)
+            observed = is_fitted(fit)
+        else:
+            known = persons.need("amplitude", "mean", "covariance")
+            given = Gaussians(*(values[:, joints] for values in known))
+            numbers = [given.amplitude[..., None], given.mean, given.covariance.flatten(-2)]
+            observed = torch.cat(numbers, -1).isfinite().all(-1)
+        cond = condition_of(self, given, observed, size)
+        options = (seed, include_mode, True, "high", image_offset)
+        pose, log_prob = self.sample(cond, num_samples, *options)
+        assert isinstance(log_prob, Tensor)
+        lost = ~observed.any(1)[:, None]  # a ReLU in the flow may have lost the condition's NaN
+        return Hypotheses(
+            pose.masked_fill(lost[..., None, None], torch.nan),
+            self.joint_names,
+            log_prob.masked_fill(lost, torch.nan),
+        )
+
+    def _detected(self, persons: PersonBatch) -> list[int]:
+        """Where the 13 joints are among the detector's."""
+        names = persons.detector_names
+        for name in self.joint_names:
+            if name not in names:
+                raise ValueError(f"persons: the detector has no joint {name!r}, only {names}")
+        return [names.index(name) for name in self.joint_names]
 
     # -- files -------------------------------------------------------------------------------
 

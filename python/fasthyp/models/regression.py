@@ -8,13 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.body.linear import LinearBody
 from fasthyp.body.stick import h36m17_regressor, stick_body
 from fasthyp.data.persons import PersonBatch
 from fasthyp.geometry import rotation_6d_to_matrix
 from fasthyp.models._pretrained import PretrainedModel
 from fasthyp.models.hypotheses import Hypotheses
+from fasthyp.skeleton import H36M17_JOINTS
 
 _BODY_JOINTS = 24
 

@@ -31,6 +31,7 @@ def check_packed(packed: Tensor) -> None:
 def check_sample(
     batch: int,
     num_samples: int,
+    first_sample: int,
     fixed: Tensor | None,
     counter: Tensor | None,
     dim: int,
@@ -38,15 +39,17 @@ def check_sample(
 ) -> None:
     if batch < 0 or num_samples < 0:
         raise ValueError(f"batch, num_samples: expected >= 0, got {batch}, {num_samples}")
+    if not 0 <= first_sample <= 2**32 - num_samples:
+        raise ValueError(f"first_sample: expected 0 to 2**32 - {num_samples}, got {first_sample}")
     if fixed is not None:
         check_dtype("fixed", fixed, dtype)
         if fixed.dim() != 2 or fixed.shape[0] != batch or fixed.shape[1] > dim:
             raise ValueError(
                 f"fixed: expected shape ({batch}, F) with F <= {dim}, got {tuple(fixed.shape)}"
             )
-    if counter is not None and (counter.dtype != torch.int64 or tuple(counter.shape) != (2,)):
+    if counter is not None and (counter.dtype != torch.int64 or tuple(counter.shape) != (3,)):
         raise ValueError(
-            f"counter: expected int64 of shape (2,), got {counter.dtype} {tuple(counter.shape)}"
+            f"counter: expected int64 of shape (3,), got {counter.dtype} {tuple(counter.shape)}"
         )
 
 

@@ -418,6 +418,7 @@ def sample(
     num_samples: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     include_mode: bool,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -425,13 +426,14 @@ def sample(
     dim = _check(plan, packed)
     check_cond(cond, batch, int(plan[2]), torch.float32)
     _check_device(packed, cond=cond)
-    check_sample(batch, num_samples, fixed, counter, dim, torch.float32)
+    check_sample(batch, num_samples, first_sample, fixed, counter, dim, torch.float32)
     _check_device(packed, fixed=fixed, counter=counter)
     out = torch.empty(batch, num_samples, dim, device=packed.device)
     return _run(
         *(plan, packed, True, None, cond, out),
         seed=seed,
         image_offset=image_offset,
+        first_sample=first_sample,
         counter=counter,
         fixed=fixed,
         include_mode=include_mode,
@@ -470,6 +472,7 @@ def _run(
     out: Tensor,
     seed: int = 0,
     image_offset: int = 0,
+    first_sample: int = 0,
     counter: Tensor | None = None,
     fixed: Tensor | None = None,
     include_mode: bool = False,
@@ -486,8 +489,8 @@ def _run(
     _C.coupling_cuda_run(
         *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse, batch, samples),
         *(address(x), address(cond), out.data_ptr(), log_det.data_ptr()),
-        *(workspace.data_ptr(), size, seed % 2**64, image_offset, address(counter)),
-        *(address(fixed), 0 if fixed is None else fixed.shape[1], include_mode),
+        *(workspace.data_ptr(), size, seed % 2**64, image_offset, first_sample),
+        *(address(counter), address(fixed), 0 if fixed is None else fixed.shape[1], include_mode),
         *(device, current_stream(device)),
     )
     return out, log_det

@@ -102,20 +102,23 @@ class PackedFlow:
         fixed: Tensor | None = None,
         include_mode: bool = False,
         counter: Tensor | None = None,
+        first_sample: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draws the latent and inverts it: x (B, M, D), log-density (B, M).
 
         The noise of latent dims 4 j to 4 j + 3 of hypothesis m of image b is Philox 4x32-10 with
-        key ``seed`` and counter ``(j, m, image_offset + b, 0)``, made normal by Box-Muller.
+        key ``seed`` and counter ``(j, first_sample + m, image_offset + b, 0)``, made normal by
+        Box-Muller.
         ``fixed`` (B, F) fills the last F latent dims; they are left out of the noise's density.
-        ``include_mode`` sets the noise of hypothesis 0 to zero. ``counter``, int64 (2,) on the
-        flow's device, is added to seed and image offset: a captured CUDA graph reads it anew.
+        ``include_mode`` sets the noise of hypothesis 0 to zero. ``counter``, int64 (3,) on the
+        flow's device, is added to seed, image offset and first sample: a captured CUDA graph reads
+        it anew.
         """
         if batch is None:
             batch = 1 if cond is None else cond.shape[0]
         return coupling_sample(
             *(cond, fixed, self.packed, self.plan, batch, num_samples),
-            *(signed(seed), image_offset, include_mode, counter),
+            *(signed(seed), image_offset, first_sample, include_mode, counter),
         )
 
 
@@ -164,15 +167,17 @@ def philox_normal(
     seed: int,
     image_offset: int = 0,
     include_mode: bool = False,
+    first_sample: int = 0,
 ) -> Tensor:
     """The noise that :meth:`PackedFlow.sample` draws, (batch, num_samples, dim) float32, CPU."""
     out = torch.empty(batch, num_samples, dim)
     if out.numel():
         threads = num_threads() if out.numel() > 4096 else 1
         _C.philox_normal(
-            *(out.data_ptr(), batch, num_samples, dim, seed % 2**64, image_offset, threads)
+            *(out.data_ptr(), batch, num_samples, dim, seed % 2**64),
+            *(image_offset, first_sample, threads),
         )
-    if include_mode:
+    if include_mode and first_sample == 0:
         out[:, :1] = 0
     return out
 
@@ -203,6 +208,7 @@ def _run(
     out: Tensor,
     seed: int = 0,
     image_offset: int = 0,
+    first_sample: int = 0,
     fixed: Tensor | None = None,
     include_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -211,8 +217,8 @@ def _run(
     _C.coupling_run(
         *(plan.data_ptr(), len(plan), packed.data_ptr(), packed.numel(), inverse),
         *(out.shape[0], out.shape[1], address(x), address(cond), out.data_ptr()),
-        *(log_det.data_ptr(), num_threads(), seed % 2**64, image_offset, address(fixed)),
-        *(0 if fixed is None else fixed.shape[1], include_mode),
+        *(log_det.data_ptr(), num_threads(), seed % 2**64, image_offset, first_sample),
+        *(address(fixed), 0 if fixed is None else fixed.shape[1], include_mode),
     )
     return out, log_det
 
@@ -249,15 +255,21 @@ def _sample_cpu(
     num_samples: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     include_mode: bool,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dim = int(plan[0])
     dtype = torch.float64 if int(plan[2]) == 1 else torch.float32
     _check(plan, packed, cond, batch, dtype)
-    check_sample(batch, num_samples, fixed, counter, dim, dtype)
+    check_sample(batch, num_samples, first_sample, fixed, counter, dim, dtype)
     if counter is not None:
-        seed, image_offset = seed + int(counter[0]), image_offset + int(counter[1])
+        more = counter.tolist()
+        seed, image_offset, first_sample = (
+            seed + more[0],
+            image_offset + more[1],
+            first_sample + more[2],
+        )
     out = torch.empty(batch, num_samples, dim, dtype=dtype)
     return _run(
         plan=plan,
@@ -268,6 +280,7 @@ def _sample_cpu(
         out=out,
         seed=seed,
         image_offset=image_offset,
+        first_sample=first_sample,
         fixed=fixed,
         include_mode=include_mode,
     )
@@ -282,6 +295,7 @@ def _sample_fake(
     num_samples: int,
     seed: int,
     image_offset: int,
+    first_sample: int,
     include_mode: bool,
     counter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -342,8 +356,8 @@ coupling_flow = define(
 )
 coupling_sample = define(
     "coupling_sample(Tensor? cond, Tensor? fixed, Tensor packed, Tensor plan, int batch,"
-    " int num_samples, int seed, int image_offset, bool include_mode, Tensor? counter)"
-    " -> (Tensor, Tensor)",
+    " int num_samples, int seed, int image_offset, int first_sample, bool include_mode,"
+    " Tensor? counter) -> (Tensor, Tensor)",
     cpu=_sample_cpu,
     cuda=_coupling_cuda.sample if _C.cuda_archs is not None else None,
     fake=_sample_fake,

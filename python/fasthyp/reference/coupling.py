@@ -384,19 +384,19 @@ def philox_normal(
     seed: int,
     image_offset: int = 0,
     include_mode: bool = False,
-    sample_offset: int = 0,
+    first_sample: int = 0,
 ) -> Tensor:
     """Standard normal numbers (batch, num_samples, dim), float32, each fixed by its place alone.
 
     Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) with
     counter (dim // 4, hypothesis, image_offset + image, 0) and key ``seed``, then Box-Muller on the
     pairs of words. ``include_mode`` makes hypothesis 0 of every image zero. The first hypothesis
-    has the number ``sample_offset``.
+    has the number ``first_sample``.
     """
     groups = -(-dim // 4)
     counters = np.meshgrid(
         np.arange(image_offset, image_offset + batch, dtype=np.uint64),
-        np.arange(sample_offset, sample_offset + num_samples, dtype=np.uint64),
+        np.arange(first_sample, first_sample + num_samples, dtype=np.uint64),
         np.arange(groups, dtype=np.uint64),
         indexing="ij",
     )
@@ -407,6 +407,6 @@ def philox_normal(
         angle = 2.0 * np.pi * (b.astype(np.float64) / 2.0**32)
         normals += [radius * np.cos(angle), radius * np.sin(angle)]
     values = np.stack(normals, -1).reshape(batch, num_samples, 4 * groups)[..., :dim]
-    if include_mode and sample_offset == 0:
+    if include_mode and first_sample == 0:
         values[:, :1] = 0.0
     return torch.from_numpy(values.astype(np.float32))

@@ -1,7 +1,8 @@
 """Reading the arrays of a pickle without running it.
 
 Body models come as pickles: most from Python 2, some with arrays wrapped by chumpy, joint
-regressors as SciPy matrices. A pickle is a program that may call any function of any module. This
+regressors as SciPy matrices. So do data sets: nested dicts of arrays, alone or as an array of
+objects in an ``.npz``. A pickle is a program that may call any function of any module. This
 reader is an interpreter of that program which can call nothing: the dozen functions and classes
 that such files name (:data:`_KNOWN`) are stood in for by code of this file that builds NumPy arrays
 and plain values. What a file names beyond those is an error that says the name; so are the
@@ -22,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from fasthyp.body.errors import ModelFileError
-
+_LONGEST = 900
 _MAX_STEPS = 100_000  # a model file takes a few hundred, and this many under a second
 _MAX_RANK = 8
+_MAX_DEPTH = 32
 _OTHER_DTYPE = re.compile(r"[<>=|]?(O|O4|O8|[SUa]\d{1,6})")
 _ESCAPES = re.compile(rb"""\\(?:[\\'"nrt]|x[0-9a-fA-F]{2})""")  # those of Python 2's repr
 _PLAIN_DTYPE = re.compile(r"([<>=|]?)([biuf])([1248])")
@@ -60,6 +61,14 @@ _KNOWN = {
 _INSTANCES = ("Ch", "Select", "csc_matrix", "csr_matrix", "coo_matrix")
 
 
+class UnreadableFile(ValueError):
+    """A file that cannot be read; says the file, the array and what is wrong."""
+
+    def __init__(self, message: str) -> None:
+        # what a file names, and so puts into a message, may be as long as the file
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}...")
+
+
 @dataclass(frozen=True)
 class _Name:
     """What a known name stands for; never the thing itself."""
@@ -71,15 +80,25 @@ class _Name:
 class _Array:
     """An array under construction: its state comes after it."""
 
-    value: np.ndarray | _Opaque | None = None
+    value: np.ndarray | _List | _Opaque | None = None
 
 
 @dataclass
 class _Dtype:
-    """The type of an array's elements; None for texts and objects, of which no array is made."""
+    """The type of an array's elements; no code for texts and objects, of which no array is made,
+    but where asked for a list."""
 
     code: str | None
     value: np.dtype | None = None
+    other: str = ""
+
+
+@dataclass
+class _List:
+    """What an array of objects or texts holds."""
+
+    items: list[Any]
+    shape: tuple[int, ...]
 
 
 class _Opaque:
@@ -128,19 +147,77 @@ def read_pickle(data: bytes, name: str) -> Any:
         name: of the file, for messages.
 
     Raises:
-        ModelFileError: the pickle is damaged, or holds anything but arrays and plain values.
+        UnreadableFile: the pickle is damaged, or holds anything but arrays and plain values.
     """
     machine = _Machine(data)
     try:
         value = machine.run()
-    except ModelFileError as error:
-        raise ModelFileError(f"{name}: {error}") from None
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{name}: {error}") from None
     except Exception as error:  # whatever damaged bytes lead to
-        raise ModelFileError(
+        raise UnreadableFile(
             f"{name}: damaged pickle, near byte {machine.position} of {len(data)} "
             f"({type(error).__name__}: {_shortened(error)})"
         ) from None
     return _result(value, name)
+
+
+def read_nested_pickle(data: bytes, name: str) -> Any:
+    """The value of a pickle of a data set: dicts, lists and tuples inside each other, numbers,
+    ``str`` (for Python 2's texts as well), ``bytes``, None and NumPy arrays. Arrays of texts and of
+    objects come as lists of their elements, those without axes as their one element.
+
+    Args and errors are those of :func:`read_pickle`; nothing is executed either.
+    """
+    machine = _Machine(data, steps=len(data), objects=True)
+    try:
+        return _Plain()(machine.run())
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{name}: {error}") from None
+    except Exception as error:  # whatever damaged bytes lead to
+        raise UnreadableFile(
+            f"{name}: damaged pickle, near byte {machine.position} of {len(data)} "
+            f"({type(error).__name__}: {_shortened(error)})"
+        ) from None
+
+
+class _Plain:
+    """Replaces what stands for arrays, each object once, however often it is named."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Any, Any]] = {}
+        self.open: set[int] = set()
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        if isinstance(value, bytes):
+            return _text(value)
+        if not isinstance(value, dict | list | tuple | _Array | _List | _Instance):
+            return value
+        if depth > _MAX_DEPTH:
+            raise UnreadableFile("values inside each other, deeper than any data set has them")
+        if id(value) not in self.made:
+            if id(value) in self.open:
+                raise UnreadableFile("a value that holds itself")
+            self.open.add(id(value))
+            self.made[id(value)] = value, self._plain(value, depth + 1)  # the object stays alive
+        return self.made[id(value)][1]
+
+    def _plain(self, value: Any, depth: int) -> Any:
+        if isinstance(value, dict):
+            return {
+                _text(key) if isinstance(key, bytes) else key: self(item, depth)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self(item, depth) for item in value]
+        if isinstance(value, tuple):
+            return tuple(self(item, depth) for item in value)
+        if isinstance(value, _List):
+            items = [self(item, depth) for item in value.items]
+            return items[0] if value.shape == () else items
+        if isinstance(value, _Array) and isinstance(value.value, _List):
+            return self(value.value, depth)
+        return _numeric(value)
 
 
 def _result(value: Any, name: str) -> Any:
@@ -157,10 +234,10 @@ def _result(value: Any, name: str) -> Any:
 def _finished(value: Any, name: str) -> Any:
     try:
         return _numeric(value)
-    except ModelFileError as error:
-        raise ModelFileError(f"{name}: {error}") from None
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{name}: {error}") from None
     except Exception as error:
-        raise ModelFileError(
+        raise UnreadableFile(
             f"{name}: cannot be read as an array ({type(error).__name__}: {_shortened(error)})"
         ) from None
 
@@ -168,10 +245,10 @@ def _finished(value: Any, name: str) -> Any:
 def _numeric(value: Any, depth: int = 0) -> Any:
     """An array for what stands for one; everything else as it is."""
     if depth > _MAX_RANK:
-        raise ModelFileError("objects of chumpy inside each other, deeper than any model has")
+        raise UnreadableFile("objects of chumpy inside each other, deeper than any model has")
     if isinstance(value, _Array):
         if value.value is None:
-            raise ModelFileError("the array's contents are missing")
+            raise UnreadableFile("the array's contents are missing")
         return value.value
     if not isinstance(value, _Instance):
         return value
@@ -194,7 +271,7 @@ def _array_in(state: dict[str, Any], name: str, depth: int = 0, dtype: Any = Non
     a few bytes can make endless."""
     value = _numeric(state.get(name), depth + 1)
     if not isinstance(value, np.ndarray):
-        raise ModelFileError(f"{name}: expected an array, got {type(value).__name__}")
+        raise UnreadableFile(f"{name}: expected an array, got {type(value).__name__}")
     return value if dtype is None else value.astype(dtype)
 
 
@@ -202,7 +279,7 @@ def _sparse(kind: str, state: dict[str, Any]) -> SparseMatrix:
     shape = state.get("_shape", state.get("shape"))
     rows, columns = (int(n) for n in shape)  # type: ignore[union-attr]
     if rows < 0 or columns < 0:
-        raise ModelFileError(f"expected a matrix, got shape {(rows, columns)}")
+        raise UnreadableFile(f"expected a matrix, got shape {(rows, columns)}")
     data = _array_in(state, "data", 0, np.float64)
     if kind == "coo_matrix":
         if "coords" in state:
@@ -212,17 +289,17 @@ def _sparse(kind: str, state: dict[str, Any]) -> SparseMatrix:
         inner, starts = (_array_in(state, part, 0, np.int64) for part in ("indices", "indptr"))
         outer = rows if kind == "csr_matrix" else columns
         if starts.shape != (outer + 1,) or starts[0] != 0 or starts[-1] > len(inner):
-            raise ModelFileError(f"indptr: expected {outer + 1} rising offsets into the indices")
+            raise UnreadableFile(f"indptr: expected {outer + 1} rising offsets into the indices")
         counts = np.diff(starts)
         if (counts < 0).any():
-            raise ModelFileError("indptr: expected rising offsets into the indices")
+            raise UnreadableFile("indptr: expected rising offsets into the indices")
         full = np.repeat(np.arange(outer), counts)
         inner, data = inner[: starts[-1]], data[: starts[-1]]
         i, j = (full, inner) if kind == "csr_matrix" else (inner, full)
     if not i.shape == j.shape == data.shape or i.ndim != 1:
-        raise ModelFileError("a sparse matrix whose indices and values differ in number")
+        raise UnreadableFile("a sparse matrix whose indices and values differ in number")
     if len(i) and (i.min() < 0 or j.min() < 0 or i.max() >= rows or j.max() >= columns):
-        raise ModelFileError(f"a sparse matrix with entries outside its shape {(rows, columns)}")
+        raise UnreadableFile(f"a sparse matrix with entries outside its shape {(rows, columns)}")
     return SparseMatrix(i, j, data, (rows, columns))
 
 
@@ -232,8 +309,10 @@ _MARK = object()
 class _Machine:
     """The instructions of the pickle format, on values that cannot do anything."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, steps: int = _MAX_STEPS, objects: bool = False) -> None:
         self.data = data
+        self.steps = steps
+        self.objects = objects
         self.position = 0
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -242,24 +321,24 @@ class _Machine:
         self.budget = 2 * len(data) + 4096
 
     def run(self) -> Any:
-        for _ in range(_MAX_STEPS):
+        for _ in range(self.steps):
             code = self.take(1)
             if code == b".":
                 return self.pop()
             action = _ACTIONS.get(code)
             if action is None:
                 what = _REFUSED.get(code, f"the unknown instruction {code!r}")
-                raise ModelFileError(
+                raise UnreadableFile(
                     f"refused: the pickle holds {what} (byte {self.position - 1}), "
-                    "which no model file needs"
+                    "which no file of arrays needs"
                 )
             action(self)
-        raise ModelFileError(f"refused: a pickle of more than {_MAX_STEPS} instructions")
+        raise UnreadableFile(f"refused: a pickle of more than {self.steps} instructions")
 
     def take(self, count: int) -> bytes:
         end = self.position + count
         if count < 0 or end > len(self.data):
-            raise ModelFileError(
+            raise UnreadableFile(
                 f"damaged or truncated pickle: {count} more bytes expected at byte "
                 f"{self.position} of {len(self.data)}"
             )
@@ -270,7 +349,7 @@ class _Machine:
     def line(self) -> bytes:
         end = self.data.find(b"\n", self.position, self.position + (1 << 28))
         if end < 0:
-            raise ModelFileError(
+            raise UnreadableFile(
                 f"damaged or truncated pickle: a line without end at byte {self.position}"
             )
         out = self.data[self.position : end]
@@ -282,7 +361,7 @@ class _Machine:
 
     def pop(self) -> Any:
         if not self.stack or self.stack[-1] is _MARK:
-            raise ModelFileError(f"damaged pickle: a value is missing at byte {self.position}")
+            raise UnreadableFile(f"damaged pickle: a value is missing at byte {self.position}")
         return self.stack.pop()
 
     def pop_mark(self) -> list[Any]:
@@ -291,37 +370,37 @@ class _Machine:
                 items = self.stack[start + 1 :]
                 del self.stack[start:]
                 return items
-        raise ModelFileError(f"damaged pickle: a mark is missing at byte {self.position}")
+        raise UnreadableFile(f"damaged pickle: a mark is missing at byte {self.position}")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
     def top(self, kind: type) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
-            raise ModelFileError(
+            raise UnreadableFile(
                 f"damaged pickle: expected a {kind.__name__} at byte {self.position}"
             )
         return self.stack[-1]
 
     def fetch(self, index: int) -> None:
         if index not in self.memo:
-            raise ModelFileError(f"damaged pickle: nothing was kept under {index}")
+            raise UnreadableFile(f"damaged pickle: nothing was kept under {index}")
         self.stack.append(self.memo[index])
 
     def keep(self, index: int) -> None:
         if not self.stack or index < 0:
-            raise ModelFileError(f"damaged pickle: nothing to keep at byte {self.position}")
+            raise UnreadableFile(f"damaged pickle: nothing to keep at byte {self.position}")
         self.memo[index] = self.stack[-1]
 
     def spend(self, count: int) -> None:
         self.budget -= count
         if self.budget < 0:
-            raise ModelFileError("refused: a pickle that unfolds to more than it holds")
+            raise UnreadableFile("refused: a pickle that unfolds to more than it holds")
 
     def set_items(self, items: list[Any]) -> None:
         target = self.top(dict)
         if len(items) % 2:
-            raise ModelFileError("damaged pickle: a key without a value")
+            raise UnreadableFile("damaged pickle: a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, str | bytes | int):  # others are never asked for, and may be costly
                 target[key] = value
@@ -330,7 +409,7 @@ class _Machine:
         pair = (_text(module), _text(attribute))
         if pair not in _KNOWN:
             shown = f"{pair[0][:80]}.{pair[1][:80]}"
-            raise ModelFileError(
+            raise UnreadableFile(
                 f"refused: the pickle names {shown!r}; of what a pickle can name, only arrays of "
                 "NumPy, sparse matrices of SciPy and arrays of chumpy are read, and nothing is run"
             )
@@ -339,81 +418,105 @@ class _Machine:
     def call(self) -> None:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise ModelFileError("refused: the pickle calls something that is no known function")
+            raise UnreadableFile("refused: the pickle calls something that is no known function")
         action = _CALLS.get(function.kind)
         if action is None:
-            raise ModelFileError(f"refused: the pickle calls {function.kind!r}")
+            raise UnreadableFile(f"refused: the pickle calls {function.kind!r}")
         self.push(action(self, *arguments))
 
     def make(self) -> None:
         arguments, kind = self.pop(), self.pop()
         if not isinstance(kind, _Name) or kind.kind not in _INSTANCES or arguments != ():
-            raise ModelFileError("refused: the pickle makes an object of an unexpected class")
+            raise UnreadableFile("refused: the pickle makes an object of an unexpected class")
         self.push(_Instance(kind.kind))
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1] if self.stack else None
         if isinstance(target, _Array):
-            _fill(target, state)
+            _, shape, dtype, fortran, raw = state
+            target.value = _array(raw, dtype, shape, "F" if fortran else "C", self.objects)
         elif isinstance(target, _Dtype):
             order = _text(state[1]) if isinstance(state, tuple) and len(state) > 4 else ""
             if order not in ("<", ">", "|", "=") or any(state[i] is not None for i in (2, 3, 4)):
-                raise ModelFileError("refused: an array whose elements are records")
+                raise UnreadableFile("refused: an array whose elements are records")
+            if order == ">" and target.other[:1] == "U":
+                raise UnreadableFile("refused: an array of texts with the other byte order")
             if target.code is not None:
                 target.value = np.dtype(target.code).newbyteorder(order)  # type: ignore[arg-type]
         elif isinstance(target, _Instance) and isinstance(state, dict):
             target.state = state
         else:
-            raise ModelFileError("refused: the pickle sets the state of an unexpected object")
+            raise UnreadableFile("refused: the pickle sets the state of an unexpected object")
 
 
-def _fill(target: _Array, state: Any) -> None:
-    """The state of an array: (version, shape, dtype, column-major, bytes)."""
-    _, shape, dtype, fortran, raw = state
-    target.value = _array(raw, dtype, shape, "F" if fortran else "C")
-
-
-def _array(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray | _Opaque:
+def _array(
+    raw: Any, dtype: Any, shape: Any, order: Any, objects: bool = False
+) -> np.ndarray | _List | _Opaque:
     if not isinstance(dtype, _Dtype):
-        raise ModelFileError("damaged pickle: an array without a type of elements")
+        raise UnreadableFile("damaged pickle: an array without a type of elements")
     if dtype.code is None:
-        return _Opaque()
+        return _list_of(raw, dtype, shape) if objects else _Opaque()
     kind = dtype.value if dtype.value is not None else np.dtype(dtype.code)
     if not isinstance(raw, bytes | bytearray):
-        raise ModelFileError("damaged pickle: an array of numbers without their bytes")
+        raise UnreadableFile("damaged pickle: an array of numbers without their bytes")
     if not isinstance(shape, tuple) or len(shape) > _MAX_RANK:
-        raise ModelFileError("damaged pickle: an array without a shape")
+        raise UnreadableFile("damaged pickle: an array without a shape")
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise ModelFileError("damaged pickle: an array whose shape is not made of sizes")
+        raise UnreadableFile("damaged pickle: an array whose shape is not made of sizes")
     wanted = kind.itemsize
     for n in shape:  # Python's integers do not overflow
         wanted *= n
     if wanted != len(raw):
-        raise ModelFileError(
+        raise UnreadableFile(
             f"an array of shape {shape} takes {wanted} bytes, but the file holds {len(raw)}"
         )
     flat = np.frombuffer(raw, kind)
     return flat.reshape(shape, order="F" if _text(order) == "F" else "C")
 
 
+def _list_of(raw: Any, dtype: _Dtype, shape: Any) -> _List:
+    """The elements of an array of objects or texts, in the order of the file."""
+    if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        raise UnreadableFile("damaged pickle: an array without a shape")
+    if len(shape) > 1:
+        raise UnreadableFile(f"an array of objects or texts of shape {shape}: expected one axis")
+    count = shape[0] if shape else 1
+    if isinstance(raw, list):
+        items = raw
+    else:
+        kind, width = dtype.other[:1], 0 if dtype.other[1:] == "" else int(dtype.other[1:])
+        size = width * (4 if kind == "U" else 1)
+        if kind not in "SaU" or not isinstance(raw, bytes | bytearray):
+            raise UnreadableFile("damaged pickle: an array of objects without its elements")
+        if size * count != len(raw):
+            raise UnreadableFile(f"an array of {count} texts: the file holds {len(raw)} bytes")
+        coding = "utf-32-le" if kind == "U" else "latin1"
+        items = [raw[k : k + size].decode(coding).rstrip("\0") for k in range(0, len(raw), size)]
+    if len(items) != count:
+        raise UnreadableFile(f"an array of {count} objects: the file holds {len(items)}")
+    return _List(items, shape)
+
+
 def _make_dtype(machine: _Machine, code: Any, *rest: Any) -> _Dtype:
     if _OTHER_DTYPE.fullmatch(_text(code)):  # names of joints, for example
-        return _Dtype(None)
+        return _Dtype(None, other=_text(code).lstrip("<>=|"))
     match = _PLAIN_DTYPE.fullmatch(_text(code))
     if match is None or (match[2] == "f" and match[3] == "1"):
-        raise ModelFileError(f"refused: an array with elements of type {_shortened(_text(code))!r}")
+        raise UnreadableFile(f"refused: an array with elements of type {_shortened(_text(code))!r}")
     return _Dtype(_text(code))
 
 
 def _make_scalar(machine: _Machine, dtype: Any, raw: Any) -> Any:
-    value = _array(raw, dtype, (), "C")
+    value = _array(raw, dtype, (), "C", machine.objects)
+    if isinstance(value, _List):
+        return value.items[0]
     return value if isinstance(value, _Opaque) else value.item()
 
 
 def _encode(machine: _Machine, text: Any, encoding: Any) -> bytes:
     # How Python 3 writes bytes in the old protocols.
     if not isinstance(text, str) or _text(encoding) not in ("latin1", "latin-1"):
-        raise ModelFileError("refused: a text encoded other than as latin1")
+        raise UnreadableFile("refused: a text encoded other than as latin1")
     machine.spend(len(text))
     return text.encode("latin1")
 
@@ -421,13 +524,13 @@ def _encode(machine: _Machine, text: Any, encoding: Any) -> bytes:
 def _reconstructor(machine: _Machine, kind: Any, base: Any, state: Any) -> _Instance:
     # How Python 2 writes objects in the old protocols.
     if not isinstance(kind, _Name) or kind.kind not in _INSTANCES or base != _Name("object"):
-        raise ModelFileError("refused: the pickle makes an object of an unexpected class")
+        raise UnreadableFile("refused: the pickle makes an object of an unexpected class")
     return _Instance(kind.kind)
 
 
 def _reconstruct(machine: _Machine, kind: Any, *rest: Any) -> _Array:
     if kind != _Name("ndarray"):
-        raise ModelFileError("refused: an array of an unexpected class")
+        raise UnreadableFile("refused: an array of an unexpected class")
     return _Array()
 
 
@@ -436,7 +539,7 @@ def _make_set(machine: _Machine, *items: Any) -> _Opaque:
 
 
 def _frombuffer(machine: _Machine, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-    return _Array(_array(raw, dtype, shape, order))
+    return _Array(_array(raw, dtype, shape, order, machine.objects))
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
@@ -456,7 +559,7 @@ def _text(value: Any) -> str:
         return value.decode("latin1")
     if isinstance(value, str):
         return value
-    raise ModelFileError(f"damaged pickle: expected a text, got {type(value).__name__}")
+    raise UnreadableFile(f"damaged pickle: expected a text, got {type(value).__name__}")
 
 
 def _shortened(value: object) -> str:
@@ -470,21 +573,21 @@ def _integer_line(machine: _Machine) -> Any:
     if line in (b"00", b"01"):  # how protocol 0 writes False and True
         return line == b"01"
     if len(line) > 32:
-        raise ModelFileError("damaged pickle: an integer of more than 32 digits")
+        raise UnreadableFile("damaged pickle: an integer of more than 32 digits")
     return int(line.rstrip(b"L"))
 
 
 def _long(machine: _Machine, count: int) -> int:
     if not 0 <= count <= 16:
-        raise ModelFileError(f"refused: an integer of {count} bytes")
+        raise UnreadableFile(f"refused: an integer of {count} bytes")
     return int.from_bytes(machine.take(count), "little", signed=True)
 
 
 def _quoted(line: bytes) -> bytes:
     if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
-        raise ModelFileError("damaged pickle: a text without quotes")
+        raise UnreadableFile("damaged pickle: a text without quotes")
     if b"\\" in _ESCAPES.sub(b"", line):
-        raise ModelFileError("damaged pickle: a text with unknown escapes")
+        raise UnreadableFile("damaged pickle: a text with unknown escapes")
     return codecs.escape_decode(line[1:-1])[0]
 
 
@@ -542,12 +645,12 @@ def _stack_global(machine: _Machine) -> None:
 def _proto(machine: _Machine) -> None:
     protocol = machine.number("<B")
     if protocol > 5:
-        raise ModelFileError(f"damaged pickle: protocol {protocol} is unknown")
+        raise UnreadableFile(f"damaged pickle: protocol {protocol} is unknown")
 
 
 def _discard(machine: _Machine) -> None:
     if not machine.stack:
-        raise ModelFileError("damaged pickle: nothing to discard")
+        raise UnreadableFile("damaged pickle: nothing to discard")
     machine.stack.pop()
 
 
