@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import fasthyp.flows as flows
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.models.pose_inn import PoseINN, PoseINNConfig
 from fasthyp.models.pose_inn_input import DETECTOR_JOINTS
+from fasthyp.skeleton import H36M17_JOINTS
 from tests.conftest import GOLDEN, Golden, assert_as_good_as, golden_files, max_error
 
 CHECKPOINT = GOLDEN / "freia_old_checkpoint.pt"
@@ -205,8 +205,9 @@ def test_hypotheses() -> None:
     drawn = model.hypotheses(given, 7, seed=1, include_mode=False)
     torch.testing.assert_close(drawn.joints_3d[:, 1:], fewer.joints_3d[:, 1:])
     assert (drawn.joints_3d[:, 0] - fewer.joints_3d[:, 0]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="vertices: expected False"):
-        model.hypotheses(given, 2, vertices=True)
+    last = model.hypotheses(given[2:], 7, seed=1, image_offset=2)
+    torch.testing.assert_close(last.joints_3d, fewer.joints_3d[2:])
+    assert model.hypotheses(given, 2, vertices=True).vertices is None
 
 
 def test_one_inverse_pass_of_many_latents() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.losses import PoseCritic, weighted_sum
 from fasthyp.models import PoseINN
 from fasthyp.models.pose_inn import PoseINNConfig
+from fasthyp.skeleton import H36M17_JOINTS
 from fasthyp.train.pose_inn import (
     PoseINNBatch,
     PoseINNNoise,

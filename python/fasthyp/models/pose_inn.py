@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.flows import GLOWCouplingBlock, PermuteRandom, SequenceINN
 from fasthyp.flows.freia_old import OldGLOWCouplingBlock, OldInputNode, OldPermuteRandom
@@ -20,6 +19,7 @@ from fasthyp.models._pretrained import PretrainedModel, load_exactly
 from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.models.pose_inn_input import camera_joints, person_input
 from fasthyp.sampling import SamplerCache
+from fasthyp.skeleton import H36M17_JOINTS
 
 POSE_DIM = 48  # 16 joints, all x, then all y, then all z
 FIXED_DIM = 32  # of the latent: the 2D pose
@@ -168,18 +168,21 @@ class PoseINN(PretrainedModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
         precision: str = "high",
     ) -> Hypotheses:
         """See :class:`fasthyp.models.hypotheses.Hypothesiser`: the 17 joints of Human3.6M, of
         persons with the Gaussians of the 16 joints of MPII. ``log_prob`` is that of the pose given
-        its 2D pose, in the model's frame (metres).
+        its 2D pose, in the model's frame (metres). There are no vertices.
 
         Raises:
-            ValueError: other joints, no Gaussians, or vertices are asked for.
+            ValueError: other joints, or no Gaussians.
         """
-        if vertices:
-            raise ValueError("vertices: expected False, as PoseINN has no body")
-        options: dict[str, Any] = {"seed": seed, "include_mode": include_mode}
+        options: dict[str, Any] = {
+            "seed": seed,
+            "include_mode": include_mode,
+            "image_offset": image_offset,
+        }
         poses, log_prob = self.sample(
             *self.inputs(persons), num_samples, precision, return_log_prob=True, **options
         )

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from fasthyp._tensors import check_floating
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
-from fasthyp.data.simulated_persons import MPII16_JOINTS
 from fasthyp.heatmaps import GaussianFit
 from fasthyp.metrics import root_centred
+from fasthyp.skeleton import H36M17_JOINTS, MPII16_JOINTS
 
 DETECTOR_JOINTS = tuple(
     H36M17_JOINTS[j] for j in (3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13)

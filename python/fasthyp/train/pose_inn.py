@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.data.simulated_persons import PersonSource
 from fasthyp.losses import (
@@ -32,6 +31,7 @@ from fasthyp.losses import (
 )
 from fasthyp.models.pose_inn import FIXED_DIM, NOISE_DIM, PoseINN, PoseINNConfig
 from fasthyp.models.pose_inn_input import DETECTOR_JOINTS, normalise_pose_3d
+from fasthyp.skeleton import H36M17_JOINTS
 from fasthyp.train.recipe import Recipe, RecipeConfig
 
 
