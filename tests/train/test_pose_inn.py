@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,26 @@ def test_resumed_runs_are_the_same(tmp_path: Path) -> None:
     loaded = PoseINN.from_pretrained(tmp_path / "whole" / "model")
     for a, b in zip(whole.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
+    """The MMD too, which is no mean over persons."""
+    config = replace(TINY, steps=2)
+    run(PoseINNRecipe(config, Source()), tmp_path / "one", progress=False)
+    run(PoseINNRecipe(config, Source()), tmp_path / "two", progress=False, devices=2)
+    one, two = (
+        [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
+        ]
+        for name in ("one", "two")
+    )
+    assert len(one) == 2
+    for a, b in zip(one, two, strict=True):
+        # the critic's last bias, whose gradient is rounding noise, moves by Adam's step all the same
+        assert a.pop("train_generator") == pytest.approx(b.pop("train_generator"), abs=0.02)
+        assert a.pop("train_loss") == pytest.approx(b.pop("train_loss"), abs=0.02)
+        assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
 
 
 def test_without_the_generator_there_is_no_critic_to_train(tmp_path: Path) -> None:
