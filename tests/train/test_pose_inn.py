@@ -326,7 +326,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     )
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
-        # the critic's last bias, whose gradient is rounding noise, moves by Adam's step all the same
+        # the gradient of the critic's last bias is rounding noise, of which Adam makes whole steps
         assert a.pop("train_generator") == pytest.approx(b.pop("train_generator"), abs=0.02)
         assert a.pop("train_loss") == pytest.approx(b.pop("train_loss"), abs=0.02)
         assert a == pytest.approx(b, rel=2e-3, abs=1e-5)
