@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasthyp.data.mocap import H36M17_NAMES
 from fasthyp.skeleton import COCO13_JOINTS, COCO13_PARENTS
 
 # Facing +x, z up, so that left is +y; metres, mid-hip at the origin.
@@ -47,6 +48,26 @@ def people(number: int, seed: int = 0) -> Tensor:
     return pose @ turn.mT
 
 
+def people17(number: int, seed: int = 0) -> Tensor:
+    """The same people with Human3.6M's 17 joints, which move the trunk and the head as well."""
+    pose = people(number, seed)
+    shoulders, hips = pose[:, (1, 2)].mean(1), pose[:, (7, 8)].mean(1)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def near(point: Tensor) -> Tensor:
+        return point + 0.01 * torch.randn(number, 3, generator=generator)
+
+    up = torch.tensor([0.0, 0.0, 1.0])
+    nose = pose[:, 0]
+    thorax = near(shoulders)
+    joints = (
+        *(hips, pose[:, 8], pose[:, 10], pose[:, 12], pose[:, 7], pose[:, 9], pose[:, 11]),
+        *(near(0.45 * shoulders), thorax, nose, nose + 0.15 * up - 0.2 * (nose - thorax)),
+        *(pose[:, 1], pose[:, 3], pose[:, 5], pose[:, 2], pose[:, 4], pose[:, 6]),
+    )
+    return torch.stack(joints, 1)
+
+
 def mocap_arrays(frames: int = 40) -> dict[str, np.ndarray]:
     """Arrays of a motion capture file with four clips: train, validation, train, test."""
     clips = ["01_01", "01_08", "02_05", "03_01"]
@@ -57,6 +78,8 @@ def mocap_arrays(frames: int = 40) -> dict[str, np.ndarray]:
     return {
         "coco13_mm": pose.astype(np.float32),
         "coco13_names": np.array(COCO13_JOINTS),
+        "poses_mm": 1000 * people17(4 * frames).numpy() + np.array([500, -200, 900], np.float32),
+        "h36m17_names": np.array(H36M17_NAMES),
         "clip_id": clip_id,
         "clip_names": np.array(clips),
         "split": (clip_id == 3).astype(np.int8),

@@ -56,7 +56,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ModelFileError(f"{file}: refused, {size} bytes are more than any model has")
     name = str(file)
     if file.suffix == ".npz":
-        return dict(read_npz(file))
+        return dict(_read_npz(file))
     data = file.read_bytes()
     if file.suffix == ".safetensors":
         return _read_safetensors(data, name)
@@ -90,12 +90,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None
         save_file(plain, temporary)
 
 
-def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
-    """Names and arrays of an ``.npz`` file; elements of other kinds than these are passed over.
-
-    Raises:
-        ModelFileError: the file is damaged, or refused.
-    """
+def _read_npz(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -107,7 +102,7 @@ def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
             for member in members:
                 name = member.filename.removesuffix(".npy")
                 with archive.open(member) as stream:
-                    value = _read_member(stream, member.file_size, f"{file}: {name}", kinds)
+                    value = _read_member(stream, member.file_size, f"{file}: {name}")
                 if value is not None:
                     yield name, value
     except ModelFileError:
@@ -118,10 +113,10 @@ def read_npz(file: Path, kinds: str = "biuf") -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _read_member(stream: IO[bytes], size: int, name: str, kinds: str) -> np.ndarray | None:
+def _read_member(stream: IO[bytes], size: int, name: str) -> np.ndarray | None:
     dtype, fortran, shape, start = _npy_header(stream, name)
-    if dtype.hasobject or dtype.kind not in kinds:
-        return None  # objects are never read
+    if dtype.hasobject or dtype.kind not in "biuf":
+        return None  # joint names and the like: nothing here needs them, and objects are not read
     _check_bytes(dtype, shape, size - start, name)
     # One byte more than announced would be a lie about the size; it is never unpacked.
     return _shaped(stream.read(size - start), dtype, fortran, shape, name)

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fasthyp.train import SYSTEMS
+
 app = typer.Typer(
     name="fasthyp",
     help="Probabilistic human pose estimation: hundreds of 3D hypotheses per person, fast.",
@@ -26,8 +28,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-train_app = typer.Typer(help="Train a model.")
-app.add_typer(train_app, name="train")
+_SYSTEMS = ("lifting", *SYSTEMS)
 
 _ClickException: Any = typer.BadParameter.__mro__[2]  # typer may carry its own copy of click
 
@@ -237,35 +238,80 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
-@train_app.command("lifting")
-def train_lifting(
-    data: Data,
+@app.command(
+    help="Train a model: one of " + ", ".join(_SYSTEMS) + ".\n\nWrites the configuration, the "
+    "curves, the last checkpoint and the best model into a folder."
+)
+def train(
+    system: Annotated[str, typer.Argument(metavar="SYSTEM", help=", ".join(_SYSTEMS))],
+    data: Annotated[Path, typer.Option(help="CMU motion capture poses, or a data set.")],
     out: Annotated[Path, typer.Option(help="Folder for the model, checkpoints and curves.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Data set to validate on, where --data is one.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="Recipe, .json; unset keys: defaults.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Processes, each with its own GPU.")] = 1,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to it.")] = False,
 ) -> None:
-    """Train the lifting flow on motion capture seen by simulated cameras and detectors."""
-    from dataclasses import replace
+    from fasthyp.cli._train import run
 
-    from fasthyp.train.lifting import LiftingTrainConfig, train
-
-    if config is None and resume:
-        config = out / "config.json"
-    try:
-        recipe = LiftingTrainConfig() if config is None else LiftingTrainConfig.from_json(config)
-    except TypeError as error:
-        raise ValueError(f"{config}: a setting has a wrong type: {error}") from error
-    recipe = replace(
-        recipe,
-        steps=recipe.steps if steps is None else steps,
-        seed=recipe.seed if seed is None else seed,
+    if system not in _SYSTEMS:
+        raise ValueError(f"system: expected one of {', '.join(_SYSTEMS)}, got {system!r}")
+    changes = {"steps": steps, "seed": seed}
+    run(
+        *(system, data, out),
+        validation=validation,
+        config=config,
+        settings=settings or [],
+        changes={name: value for name, value in changes.items() if value is not None},
+        resume=resume,
+        devices=devices,
+        tensorboard=tensorboard,
     )
-    train(recipe, data, out, resume=resume, progress=sys.stderr.isatty())
-    print(f"wrote {out / 'lifting.safetensors'}")
+
+
+@app.command()
+def simulate(
+    poses: Annotated[
+        Path,
+        typer.Argument(
+            metavar="POSES",
+            help=".npz with poses_mm (N,17,3): Human3.6M's joints, mm, any world axes with z up.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="What to write, .npz.")] = Path(
+        "persons.npz"
+    ),
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="train, validation or test of CMU poses, by subject and without glitches.",
+            show_default="all poses, as one person's",
+        ),
+    ] = None,
+    detector: Annotated[
+        str, typer.Option(help="Joints: h36m17, mpii16, coco13 or coco17.")
+    ] = "h36m17",
+    heatmaps: Annotated[bool, typer.Option("--heatmaps", help="Render them as well.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """See each pose once by a random camera and a simulated 2D detector.
+
+    Writes what `fasthyp.data.PersonBatch` describes: joints in 3D and 2D, cameras, fitted
+    Gaussians, features, and rotations and shape of a stick body with SMPL's tree of joints.
+    """
+    from fasthyp.cli._train import simulate as run
+
+    run(poses, out, part, detector=detector, heatmaps=heatmaps, seed=seed)
 
 
 @app.command()

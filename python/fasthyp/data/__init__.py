@@ -13,6 +13,7 @@ from fasthyp.data.simulated_persons import (
     simulate_persons,
     stick_poses,
 )
+from fasthyp.data.stored_persons import StoredPersons
 
 __all__ = [
     "DETECTORS",
@@ -24,6 +25,7 @@ __all__ = [
     "SimulatedPersons",
     "SimulationConfig",
     "StickPoses",
+    "StoredPersons",
     "gaussian_features",
     "load_cmu",
     "render_gaussians",

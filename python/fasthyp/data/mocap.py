@@ -44,11 +44,13 @@ def _array(data: np.lib.npyio.NpzFile, path: str, key: str) -> np.ndarray:
 
 
 _LAYOUTS = {"coco13": ("coco13_mm", "coco13_names"), "h36m17": ("poses_mm", "h36m17_names")}
-_H36M17_NAMES = (
+H36M17_NAMES = (
     *("Hip", "RHip", "RKnee", "RFoot", "LHip", "LKnee", "LFoot", "Spine", "Thorax", "Neck/Nose"),
     *("Head", "LShoulder", "LElbow", "LWrist", "RShoulder", "RElbow", "RWrist"),
 )
-_NAMES = {"coco13": COCO13_JOINTS, "h36m17": _H36M17_NAMES}
+"""What the file calls :data:`fasthyp.skeleton.H36M17_JOINTS`."""
+
+_NAMES = {"coco13": COCO13_JOINTS, "h36m17": H36M17_NAMES}
 _HIPS = {"coco13": (7, 8), "h36m17": (1, 4)}
 
 

@@ -320,6 +320,7 @@ def simulate_persons(
     detector: str | Sequence[str] = "h36m17",
     config: SimulationConfig | None = None,
     heatmaps: bool = False,
+    subject: Tensor | None = None,
 ) -> PersonBatch:
     """Poses as a simulated detector sees them: each once, by a random camera.
 
@@ -327,11 +328,12 @@ def simulate_persons(
         poses: (N, 17, 3) metres, Human3.6M's joints, world axes with z up, anywhere in the world.
         seed: of cameras and detections.
         detector, config, heatmaps: as of :class:`SimulatedPersons`; poses are not varied.
+        subject: (N,) whose they are; one person's by default.
 
     Raises:
         TypeError, ValueError: as :func:`stick_poses` and :class:`SimulatedPersons`.
     """
-    parts = {"test": stick_poses(poses)}
+    parts = {"test": stick_poses(poses, subject)}
     source = SimulatedPersons(parts, detector, config, heatmaps)
     return source.sample(len(poses), seed, "test", torch.arange(len(poses)))
 

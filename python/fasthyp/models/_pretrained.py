@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -122,8 +123,16 @@ class PretrainedModel(nn.Module):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The parsed ``config.json`` of a folder."""
-    path = folder / CONFIG_NAME
+    """The parsed ``config.json`` of a folder; errors as :func:`read_json`."""
+    return read_json(folder / CONFIG_NAME)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, or is no object.
+    """
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -137,9 +146,10 @@ def config_from(kind: Any, values: Mapping[str, Any]) -> Any:
     """A dataclass from parsed JSON: lists become tuples, nested objects nested dataclasses.
 
     Raises:
-        ValueError: an unknown setting; names it.
+        ValueError: an unknown setting, or one of another type; names it.
     """
     known = {field.name: field for field in fields(kind)}
+    hints = get_type_hints(kind)
     settings: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -149,8 +159,36 @@ def config_from(kind: Any, values: Mapping[str, Any]) -> Any:
             if not (isinstance(factory, type) and is_dataclass(factory)):
                 raise ValueError(f"{name}: expected no object, got {value!r}")
             value = config_from(factory, value)
-        settings[name] = tuple(value) if isinstance(value, list) else value
+        value = _tuples(value)
+        if not _is_a(value, hints[name]):
+            expected = getattr(hints[name], "__name__", str(hints[name]))
+            expected = str(hints[name]) if get_origin(hints[name]) else expected
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        settings[name] = value
     return kind(**settings)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the type that a field of a configuration is declared with."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_a(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if inner[-1] is Ellipsis:
+            return all(_is_a(item, inner[0]) for item in value)
+        return len(value) == len(inner) and all(map(_is_a, value, inner))
+    if hint in (int, float):
+        number = (int,) if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def load_exactly(

@@ -116,6 +116,7 @@ class Regression(PretrainedModel):
         seed: int = 0,
         include_mode: bool = True,
         vertices: bool = False,
+        image_offset: int = 0,
     ) -> Hypotheses:
         """The one pose, ``num_samples`` times.
 

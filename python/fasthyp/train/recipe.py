@@ -31,14 +31,17 @@ from torchmetrics import Metric
 
 from fasthyp._files import replacing
 from fasthyp.data.persons import PersonBatch
+from fasthyp.data.readers import guess_format, open_persons
 from fasthyp.data.simulated_persons import PersonSource, SimulatedPersons
+from fasthyp.data.stored_persons import StoredPersons
 from fasthyp.losses import weighted_sum
 from fasthyp.metrics import mpjpe, over_hypotheses
-from fasthyp.models._pretrained import PretrainedModel, config_from
+from fasthyp.models._pretrained import PretrainedModel, config_from, read_json
 from fasthyp.train.curves import Curves
 
 VALIDATION_SEED = 1
 _VALIDATION_CHUNK = 128  # persons at a time, whatever the number of processes
+_START_METHOD = "spawn"  # of processes: the only one that a GPU in use allows
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,25 @@ class Recipe(L.LightningModule):
         torch.manual_seed(config.seed)
 
     @classmethod
-    def make_source(cls, config: RecipeConfig, data: str | os.PathLike[str]) -> PersonSource:
-        """Simulated persons of the CMU poses in a file, as the recipe needs them."""
-        return SimulatedPersons(data, cls.detector, heatmaps=cls.heatmaps)
+    def make_source(
+        cls,
+        config: RecipeConfig,
+        data: str | os.PathLike[str],
+        validation: str | os.PathLike[str] | None = None,
+    ) -> PersonSource:
+        """Simulated persons of the CMU poses in a file, as the recipe needs them; or the persons
+        of a data set, and of another to validate on (:func:`fasthyp.data.readers.open_persons`).
+
+        Raises:
+            ValueError, FileNotFoundError: unusable data.
+        """
+        if validation is None:
+            if not Path(data).exists():
+                raise FileNotFoundError(f"{data}: no such file or folder")
+            if guess_format(data) != "cmu":
+                raise ValueError(f"validation: expected persons to validate on, as {data}")
+            return SimulatedPersons(data, cls.detector, heatmaps=cls.heatmaps)
+        return StoredPersons({"train": open_persons(data), "validation": open_persons(validation)})
 
     # -- what a recipe says --------------------------------------------------------------------
 
@@ -173,11 +192,12 @@ class Recipe(L.LightningModule):
         known = [persons.joint_names.index(name) for name in names]
         root = names.index("pelvis") if "pelvis" in names else None
         truth, poses = 1000 * truth[:, known], 1000 * hypotheses.joints_3d.to(truth.dtype)
-        error = mpjpe(poses, truth[:, None], root=root)
+        mask = truth.isfinite().all(-1)
+        error = mpjpe(poses, truth[:, None], mask[:, None], root)
         return {
             "mode_mm": error[:, 0],
             "best_mm": over_hypotheses(error).best,
-            "mean_mm": mpjpe(poses.mean(1), truth, root=root),
+            "mean_mm": mpjpe(poses.mean(1), truth, mask, root),
         }
 
     def learning_rate_factor(self, step: int) -> float:
@@ -534,30 +554,25 @@ def _resumed_step(recipe: Recipe, out: Path) -> int:
     last, path = out / "last.ckpt", out / "config.json"
     if not last.exists():
         raise ValueError(f"resume: no checkpoint {last}")
-    started = read_config(path, recipe)
+    started = read_recipe(path, recipe)
     if replace(started, steps=recipe.config.steps) != recipe.config:
         raise ValueError(f"resume: more than steps differs from {path}")
     return int(read_checkpoint(last)["recipe"]["step"])
 
 
-def read_config(path: Path, recipe: Recipe | type[Recipe]) -> Any:
+def read_recipe(path: Path, recipe: Recipe | type[Recipe]) -> Any:
     """The ``Config`` of a recipe in a JSON file; settings that it leaves out have their defaults.
 
     Raises:
         ValueError: unreadable, another system's, or an unknown or wrong setting; names it.
     """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable configuration: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    values = read_json(path)
     system = values.pop("system", recipe.name)
     if system != recipe.name:
         raise ValueError(f"{path}: expected a configuration of {recipe.name}, got {system!r}")
     try:
         return config_from(recipe.Config, values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -581,7 +596,7 @@ def _trainer(
         strategy = DDPStrategy(find_unused_parameters=recipe.find_unused_parameters)
     elif devices > 1:
         strategy = DDPStrategy(
-            find_unused_parameters=recipe.find_unused_parameters, start_method="spawn"
+            find_unused_parameters=recipe.find_unused_parameters, start_method=_START_METHOD
         )
     return L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
