@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fasthyp.train.recipe import Recipe, RecipeConfig, run
 
 SYSTEMS = {
+    "pose_inn": "fasthyp.train.pose_inn:PoseINNRecipe",
     "regression": "fasthyp.train.regression:RegressionRecipe",
 }
 """Recipes by name, for ``fasthyp train``: the module and the class in it."""
