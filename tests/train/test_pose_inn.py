@@ -348,6 +348,7 @@ def test_without_the_generator_there_is_no_critic_to_train(tmp_path: Path) -> No
         ({"top_k": 8}, "top_k: expected 1 to 7"),
         ({"hypotheses": 1, "top_k": 1}, "hypotheses"),
         ({"clip_value": 0.0}, "clip_value"),
+        ({"clip_norm": 1.0}, "clip_norm: expected None"),
     ],
 )
 def test_settings_that_make_no_sense(change: Any, words: str) -> None:

@@ -227,6 +227,8 @@ class PoseINNRecipeConfig(RecipeConfig):
             raise ValueError(f"top_k: expected 1 to {self.hypotheses}, got {self.top_k}")
         if self.hypotheses < 2:
             raise ValueError(f"hypotheses: expected at least 2, got {self.hypotheses}")
+        if self.clip_norm is not None:
+            raise ValueError(f"clip_norm: expected None beside clip_value, got {self.clip_norm}")
         if not self.clip_value > 0:
             raise ValueError(f"clip_value: expected a positive number, got {self.clip_value}")
 
