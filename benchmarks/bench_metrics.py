@@ -7,9 +7,11 @@ aligns one pose after another with NumPy's SVD, as the plain form of the officia
 is timed on one hypothesis of each pose and its time multiplied by 200. `batched` is
 torch.linalg.svd on all at once. Errors are the largest deviations from the same in float64, in
 millionths of the mean error. Then the same with the gradient by the poses, a step of training.
-Then M hypotheses of one image from a flow of 48 dimensions with 8
-blocks of 1024 hidden units: the time, and what the process has at its peak beyond what it had
-before (a fresh process for each M).
+Then hypotheses of one image from a flow of 48 dimensions with 8 blocks of 1024 hidden units. First
+what it costs to judge them: `drawn` is one call of the sampler that judges none, `fasthyp` the best
+by root-centred MPJPE and `aligned` by PA-MPJPE, a part at a time, and `noise given` the former with
+the noise of each part made by NumPy; ratios are to `drawn`. Then the time for M hypotheses, and
+what the process has at its peak beyond what it had before (a fresh process for each M).
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ import torch
 from _timing import interleaved, report
 from torch import Tensor
 
-from fasthyp.metrics import best_of_m, hypothesis_source, pa_mpjpe
+from fasthyp.metrics import best_of_m, hypothesis_source, mpjpe, pa_mpjpe
 from fasthyp.models import PoseINN
+from fasthyp.reference.coupling import philox_normal
 from fasthyp.sampling import HypothesisSampler
 
 HYPOTHESES, POSES, JOINTS = 200, 512, 17
 SAMPLES = (1_000, 10_000, 100_000)
+JUDGED = 20_000
 
 
 def one_by_one(pred: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -120,19 +124,53 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+class Drawn:
+    """A sampler's hypotheses of one image, and its true pose."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        model = PoseINN().eval()
+        self.sampler = HypothesisSampler(model.inn, "highest")
+        with torch.no_grad():
+            self.cond = model.cond_net(torch.randn(1, 78))
+        self.fixed, self.truth = torch.randn(1, 32), torch.randn(1, 16, 3)
+        self.source = hypothesis_source(self.sampler, self.cond, seed=0, fixed=self.fixed)
+
+    def part(self, first: int, count: int) -> Tensor:
+        return self.source(first, count).unflatten(-1, (3, 16)).mT
+
+    def part_of_given_noise(self, first: int, count: int) -> Tensor:
+        z = philox_normal(1, count, 16, 0, first_sample=first)
+        poses = self.sampler(self.cond, z=z, fixed=self.fixed)
+        assert isinstance(poses, Tensor)
+        return poses.unflatten(-1, (3, 16)).mT
+
+
+def judging_row(seconds: float) -> dict[str, Any]:
+    drawn = Drawn()
+    rooted = partial(best_of_m, truth=drawn.truth, num_samples=JUDGED, error=partial(mpjpe, root=0))
+    times = interleaved(
+        {
+            "drawn": partial(drawn.source, 0, JUDGED),
+            "fasthyp": partial(rooted, drawn.part),
+            "aligned": partial(rooted, drawn.part, error=pa_mpjpe),
+            "noise given": partial(rooted, drawn.part_of_given_noise),
+        },
+        seconds,
+        warmup=1,
+    )
+    ms = {name: t["ms"] for name, t in times.items()}
+    return {
+        "workload": f"judging {JUDGED}",
+        **{f"{name}_ms": value for name, value in ms.items()},
+        **{f"{name}_ratio": value / ms["drawn"] for name, value in ms.items() if name != "drawn"},
+    }
+
+
 def print_best(num_samples: int) -> None:
     """Seconds, MB and the best error of so many hypotheses."""
-    torch.manual_seed(0)
-    model = PoseINN().eval()
-    sampler = HypothesisSampler(model.inn, "highest")
-    with torch.no_grad():
-        cond = model.cond_net(torch.randn(1, 78))
-    source = hypothesis_source(sampler, cond, seed=0, fixed=torch.randn(1, 32))
-    truth = torch.randn(1, 16, 3)
-
-    def draw(first: int, count: int) -> Tensor:
-        return source(first, count).unflatten(-1, (3, 16)).mT
-
+    drawn = Drawn()
+    draw, truth = drawn.part, drawn.truth
     best_of_m(draw, truth, 8192)  # loads all that a first call loads
     Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
     before, start = resident("VmRSS"), time.perf_counter()
@@ -165,7 +203,7 @@ def main() -> None:
         print_best(options.best)
         return
     seconds = options.seconds
-    rows = [pa_row(seconds), gradient_row(seconds), *map(best_row, SAMPLES)]
+    rows = [pa_row(seconds), gradient_row(seconds), judging_row(seconds), *map(best_row, SAMPLES)]
     report("Metrics", rows, options.json)
 
 

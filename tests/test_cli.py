@@ -311,11 +311,11 @@ def test_train_and_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*train, "--resume", "--steps", "4"]) == 0
     assert "wrote run/lifting.safetensors" in capsys.readouterr().out
 
-    evaluate = ["evaluate", "lifting", "--data", "cmu.npz", "--model", "run", "-n", "5"]
-    assert main([*evaluate, "--json"]) == 0
+    assert main(["evaluate", "run", "cmu.npz", "-n", "5", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["num_samples"] == 5
-    assert result["best_mm"] <= result["mode_mm"]
+    assert result["num_samples"] == [5]
+    row = result["all"]
+    assert row["best_of"]["5"]["mpjpe_mm"] <= row["mode"]["mpjpe_mm"]
 
 
 def test_train_and_evaluate_refuse(
@@ -331,9 +331,7 @@ def test_train_and_evaluate_refuse(
         Path("recipe.json").write_text(text)
         refused(capsys, *train, "in.npz", "--config", "recipe.json")
     assert not Path("run").exists()
-    assert "coco13_mm" in refused(
-        capsys, "evaluate", "lifting", "--data", "in.npz", "--model", str(model)
-    )
+    assert "joints_3d" in refused(capsys, "evaluate", str(model), "in.npz")
 
 
 # --- the command itself ---

@@ -167,7 +167,7 @@ struct Call {
   std::uint64_t seed = 0;
   std::int64_t image_offset = 0;
   std::int64_t first_sample = 0;  // number of the first hypothesis of each image
-  const void* fixed = nullptr;  // (B, F): the last F latent dims of every row of an image
+  const void* fixed = nullptr;    // (B, F): the last F latent dims of every row of an image
   int fixed_dims = 0;
   bool include_mode = false;  // hypothesis 0 has zero noise
   // Keeping states: of each row before steps 0, keep_every, ... of the pass, one after

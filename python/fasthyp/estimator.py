@@ -172,7 +172,7 @@ def condition_of(
     model: LiftingFlow, gaussians: Gaussians, observed: Tensor, size: tuple[int, int]
 ) -> Tensor:
     """:meth:`PoseEstimator.condition` of a model."""
-    filled = _fill_unseen(gaussians, observed, size)
+    filled = fill_unseen(gaussians, observed, size)
     # A matrix product of another size may round otherwise. One person at a time makes the
     # hypotheses independent of the batch, to the last bit; on CUDA it would cost too much.
     rows = 1 if model.centre.device.type == "cpu" else len(observed)
@@ -192,7 +192,7 @@ def _all_finite(values: Tensor) -> Tensor:
     return (values * 0).sum(-1) == 0
 
 
-def _fill_unseen(gaussians: Gaussians, observed: Tensor, size: tuple[int, int]) -> Gaussians:
+def fill_unseen(gaussians: Gaussians, observed: Tensor, size: tuple[int, int]) -> Gaussians:
     """Wide blobs about the mean of the observed joints in place of the others."""
     unseen = ~observed
     mean = gaussians.mean.masked_fill(unseen[..., None], 0.0)

@@ -32,8 +32,9 @@ HARD_SIGMA = 5.0
 """Cells: 2.5 times the standard deviation of the training heatmaps of Wehrbein et al., ICCV 2021,
 whose highly ambiguous persons have a joint with a wider fit (``data_h36m.py`` of their code)."""
 
-PCK_LEFT_OUT = ("pelvis", "spine", "nose")
-"""Of a Human3.6M pose these do not count for PCK: :data:`fasthyp.metrics.PCK_JOINTS` by name."""
+PCK_LEFT_OUT = ("pelvis", "spine", "neck")
+"""Of a Human3.6M pose these do not count for PCK: :data:`fasthyp.metrics.PCK_JOINTS` by name. Of
+one with a ``head_top`` (MPI-INF-3DHP) it is the ``head`` instead of the neck."""
 
 CPS_LEFT_OUT = ("spine",)
 """The same for the Correct Poses Score: :data:`fasthyp.metrics.CPS_JOINTS`."""
@@ -269,7 +270,8 @@ def _errors(poses: Tensor, truth: Tensor, known: Tensor, names: _Joints) -> dict
     truth = torch.where(known[..., None], truth, 0.0)[:, None]
     mask = known[:, None]
     aligned = aligned_distances(poses, truth, mask)
-    counted = names.but(PCK_LEFT_OUT)
+    left_out = ("pelvis", "spine", "head") if "head_top" in names.names else PCK_LEFT_OUT
+    counted = names.but(left_out)
     some = (poses[..., counted, :], truth[..., counted, :])
     some_mask = mask[..., counted]
     correct = names.but(CPS_LEFT_OUT)

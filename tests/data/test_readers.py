@@ -519,6 +519,8 @@ def batch_of(number: int) -> PersonBatch:
 
 def test_persons_round_trip(tmp_path: Path) -> None:
     batch = batch_of(9)
+    save_persons(tmp_path / "p.npz", batch)
+    assert persons(tmp_path / "p.npz").groups([0]) is None
     save_persons(tmp_path / "p.npz", batch, [f"g{i % 2}" for i in range(9)])
     data = persons(tmp_path / "p.npz")
     assert isinstance(data.clips[0].read.arrays._array("mean"), np.memmap)  # type: ignore[attr-defined]
@@ -700,9 +702,13 @@ def test_wrong_shapes_are_named(tmp_path: Path) -> None:
             open_persons(tmp_path / "x.npz")
 
     wrong(r"mean: expected shape \(N, K, 2\), got \(3, 16\)", mean=np.zeros((3, 16)))
-    wrong("as many rows", mean=np.zeros((3, 16, 2)), amplitude=np.zeros((2, 16)))
     wrong(
-        r"amplitude: expected shape|mean: expected shape",
+        "as many rows",
+        mean=np.zeros((3, 16, 2)),
+        amplitude=np.zeros((2, 16)),
+    )
+    wrong(
+        r"mean: expected shape \(N, 15, 2\)",
         mean=np.zeros((3, 16, 2)),
         amplitude=np.zeros((3, 15)),
     )

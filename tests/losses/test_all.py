@@ -198,7 +198,31 @@ def call(name: str, **replaced: Any) -> Callable[[], Any]:
         (call("best_of_m", root=None, official=True), ValueError, "official: expected norm='l1'"),
         (call("latent_mmd", blocked=4), ValueError, "blocked: expected 0 to 3, got 4"),
         (call("latent_mmd", bandwidths=(0.0,)), ValueError, "bandwidths"),
-        (call("latent_mmd", output=numbers(1, 4)), ValueError, "at least|2"),
+        (
+            call("latent_mmd", output=numbers(1, 4)),
+            ValueError,
+            "output: expected 2 samples",
+        ),
+        (
+            call("latent_mmd", target=numbers(1, 4)),
+            ValueError,
+            "target: expected 2 samples",
+        ),
+        (
+            call("latent_mmd", target=numbers(6, 5)),
+            ValueError,
+            r"target: .* \(P, D=4\), got",
+        ),
+        (
+            call("heatmap_mmd", predicted=numbers(2, 1, 4, 2), estimator="unbiased"),
+            *(ValueError, "predicted: expected 2 samples .*, got 1"),
+        ),
+        (
+            call("heatmap_mmd", samples=numbers(2, 1, 4, 2), estimator="unbiased"),
+            *(ValueError, "samples: expected 2 samples .*, got 1"),
+        ),
+        (call("heatmap_mmd", bandwidths=(0.5, 0.0)), ValueError, "bandwidths: .* got 0"),
+        (call("heatmap_mmd", samples=numbers(2, 6, 4, 3)), ValueError, "samples: expected shape"),
         (call("heatmap_mmd", estimator="best"), ValueError, "estimator: expected one of 'biased'"),
         (call("heatmap_mmd", reduction="sum"), ValueError, "reduction: expected one of 'mean'"),
         (

@@ -404,6 +404,8 @@ def test_heatmap_mmd() -> None:
     close(value, exact.mean())
     value.backward()
     assert torch.isfinite(wild.grad).all()
+    nobody = losses.JointValidity(sampled, torch.zeros_like(counted))
+    assert losses.heatmap_mmd_loss(wild * torch.nan, broken, keypoints, nobody) == 0
     unbiased = losses.heatmap_mmd_loss(
         predicted, samples, keypoints, validity, estimator="unbiased"
     )

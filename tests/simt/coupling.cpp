@@ -1,7 +1,8 @@
 // coupling SEED INPUT OUTPUT: runs a flow with the CUDA kernels on the host.
 // Input: int64 numbers of plan numbers, packed bytes, inverse, images, per_image, has input, has
 // condition, seed, image offset, first sample, fixed dims, include mode, whether seed and offsets
-// come from the device; then plan, packed weights, input, condition, fixed. Output: output, log_det.
+// come from the device; then plan, packed weights, input, condition, fixed. Output: output,
+// log_det.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

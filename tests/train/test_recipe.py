@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,8 @@ ADVERSARIAL = AdversarialConfig(
 
 
 @pytest.fixture(scope="module")
-def persons() -> Iterator[SimulatedPersons]:
-    yield source()
+def persons() -> SimulatedPersons:
+    return source()
 
 
 def curve(folder: Path, name: str) -> list[float]:
@@ -109,12 +108,12 @@ def test_a_run(tmp_path: Path, persons: SimulatedPersons) -> None:
 
 def test_it_learns(tmp_path: Path, persons: SimulatedPersons) -> None:
     config = replace(
-        TINY, steps=300, batch_size=64, validate_every=300, learning_rate=3e-3, schedule="cosine"
+        TINY, steps=80, batch_size=32, validate_every=80, learning_rate=1e-2, schedule="cosine"
     )
     for target in ("joints", "body"):
         out = tmp_path / target
         run(RegressionRecipe(replace(config, target=target), persons), out, progress=False)
-        known = baseline_errors(persons, config.validation_size, VALIDATION_SEED, pool=2000)
+        known = baseline_errors(persons, config.validation_size, VALIDATION_SEED, pool=500)
         assert curve(out, "val_mode_mm")[-1] < known["mean_pose_mm"] - 20
         assert load(out / "model").config.target == target  # type: ignore[attr-defined]
 
@@ -143,7 +142,7 @@ def test_several_optimisers_resume_bit_for_bit(tmp_path: Path, persons: Simulate
     run(recipe, tmp_path / "whole", progress=False)
     assert recipe.step == 6
     assert recipe.global_step == 18  # what Lightning counts: every step of every optimiser
-    assert [row for row in curve(tmp_path / "whole", "step")] == [1, 2, 3, 4, 5, 6]
+    assert curve(tmp_path / "whole", "step") == [1, 2, 3, 4, 5, 6]
     first = replace(ADVERSARIAL, steps=3)
     run(AdversarialRecipe(first, persons), tmp_path / "parts", progress=False)
     run(AdversarialRecipe(ADVERSARIAL, persons), tmp_path / "parts", resume=True, progress=False)
@@ -157,13 +156,13 @@ def test_several_optimisers_resume_bit_for_bit(tmp_path: Path, persons: Simulate
 
 def test_killed_and_resumed(tmp_path: Path, persons: SimulatedPersons) -> None:
     """Killed while it trains, between validations or while it writes."""
-    config = replace(TINY, steps=60)
+    config = replace(TINY, steps=30)
     code = (
         "import torch; torch.set_num_threads(1)\n"
         "from dataclasses import replace\n"
         "from tests.train.tiny import TINY, SlowRecipe, source\n"
         "from fasthyp.train import run\n"
-        f"run(SlowRecipe(replace(TINY, steps=60), source()), {str(tmp_path / 'killed')!r}, "
+        f"run(SlowRecipe(replace(TINY, steps=30), source()), {str(tmp_path / 'killed')!r}, "
         "progress=False)\n"
     )
     root = Path(__file__).parents[2]
@@ -186,7 +185,7 @@ def test_killed_and_resumed(tmp_path: Path, persons: SimulatedPersons) -> None:
             child.kill()
     assert child.returncode == -signal.SIGKILL
     step = checkpoint(tmp_path / "killed")["recipe"]["step"]
-    assert 3 <= step < 60
+    assert 3 <= step < 30
     os.environ["SECONDS_PER_STEP"] = "0"
     try:
         run(SlowRecipe(config, persons), tmp_path / "killed", resume=True, progress=False)
@@ -196,7 +195,6 @@ def test_killed_and_resumed(tmp_path: Path, persons: SimulatedPersons) -> None:
     files = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "killed")]
     assert files[0] == files[1]
     assert_same(*(checkpoint(tmp_path / name)["state_dict"] for name in ("whole", "killed")))
-    assert not list((tmp_path / "killed").glob(".last.ckpt.*")) or step > 3
 
 
 @pytest.mark.parametrize("kind", ["one optimiser", "two"])
@@ -421,7 +419,7 @@ def test_systems() -> None:
         kind = load_recipe(name)
         assert kind.name == name
         kind.Config()
-    with pytest.raises(ValueError, match="system: expected one of .*regression.*, got 'foo'"):
+    with pytest.raises(ValueError, match=r"system: expected one of .*regression.*, got 'foo'"):
         load_recipe("foo")
 
 
@@ -430,8 +428,14 @@ def test_baselines(persons: SimulatedPersons) -> None:
     poses = known.need("joints_3d")[0]
     assert torch.equal(nearest_neighbour(known[:5], known), poses[:5])
     torch.testing.assert_close(mean_pose(held, known)[3], poses.mean(0))
-    errors = baseline_errors(persons, 100, 0, pool=500)
-    assert 0 < errors["nearest_neighbour_mm"] < errors["mean_pose_mm"]
+    errors = baseline_errors(persons, 6, 0, "test", pool=50)
+    truth = held.need("joints_3d")[0]
+    for name, poses in (
+        ("mean_pose_mm", mean_pose(held, known)),
+        ("nearest_neighbour_mm", nearest_neighbour(held, known)),
+    ):
+        expected = 1000 * (poses - truth).norm(dim=-1).mean()
+        assert errors[name] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_curves_keep_what_was_before(tmp_path: Path) -> None:
@@ -446,16 +450,8 @@ def test_curves_keep_what_was_before(tmp_path: Path) -> None:
     again = Curves(path, step=2)
     again.log_metrics({"train_loss": 0.5}, 3)
     again.finalize("success")
-    assert (
-        path.read_text()
-        == (
-            "step,train_loss,val_loss\n1,0.1,\n2,,0.3333333333333333\n3,0.5,\n".replace(
-                "\n", "\r\n"
-            )
-        )
-        or path.read_bytes()
-        == b"step,train_loss,val_loss\r\n1,0.1,\r\n2,,0.3333333333333333\r\n3,0.5,\r\n"
-    )
+    lines = ["step,train_loss,val_loss", "1,0.1,", "2,,0.3333333333333333", "3,0.5,"]
+    assert path.read_text().splitlines() == lines
 
 
 def test_of_files(tmp_path: Path, persons: SimulatedPersons) -> None:

@@ -1,4 +1,4 @@
-"""Small recipes on synthetic people, for the tests of the runner (in processes of their own too)."""
+"""Small recipes on synthetic people, for the tests of the runner."""
 
 from __future__ import annotations
 

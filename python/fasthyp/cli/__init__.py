@@ -125,7 +125,8 @@ def sample(
             metavar="INPUT",
             help=".npz with heatmaps (P,J,H,W) or (J,H,W), .npy of the same, or .npz with "
             "keypoints (P,J,2), covariances (P,J,2,2) and, if known, amplitudes (P,J) and "
-            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears.",
+            "image_size (H,W). J: the 17 COCO joints, or the 13 without eyes and ears. With "
+            "--shard-size any data set.",
         ),
     ],
     num_samples: NumSamples = 1000,
@@ -147,6 +148,12 @@ def sample(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Persons at a time; changes no hypothesis.")
     ] = 16,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Write a folder, --out, of files of so many persons each."),
+    ] = None,
+    format: DataFormat = None,
+    option: DataOptions = None,
     as_json: Json = False,
 ) -> None:
     """Hypotheses of the 3D poses of persons, from the heatmaps of a 2D pose detector.
@@ -155,7 +162,32 @@ def sample(
     y down, z away from the camera: `hypotheses` (P,M,13,3), `log_prob` (P,M) in nats, `mode`
     (P,13,3), `covariance` (P,13,3,3) of the hypotheses, `std` (P,13) = sqrt(trace(covariance)), the
     Gaussians in `fit_*` (cells of the heatmap), `joint_names`, `seed`, `model` and `version`.
+
+    With `--shard-size` the output is a folder, for any number of persons: files are read as they
+    are needed, complete shards of an earlier run are kept, and processes that
+    `torchrun --nproc-per-node N -m fasthyp sample ...` starts, on one machine or several, share the
+    shards. Each holds `hypotheses` (n,M,J,3), the mode first, `log_prob`, `joint_names`, `first`.
     """
+    if shard_size is not None:
+        from fasthyp.cli._shards import run as run_sharded
+
+        if plot is not None or person is not None:
+            raise ValueError("--shard-size: expected no --plot and no --person with it")
+        run_sharded(
+            *(input, out, str(model or "lifting")),
+            format=format,
+            options=option or [],
+            num_samples=num_samples,
+            seed=seed,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            device=device.value,
+            precision=precision.value,
+            as_json=as_json,
+        )
+        return
+    if format is not None or option:
+        raise ValueError("--format and --option: expected --shard-size with them")
     from fasthyp.cli._sample import run
 
     run(

@@ -4,15 +4,49 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fasthyp.data.gaussian_features import standard_features
+from fasthyp.data.persons import PersonBatch
 from fasthyp.data.readers import PersonDataset, open_persons
+from fasthyp.estimator import fill_unseen
+from fasthyp.observations import GRID, Gaussians
 
 _LISTS = ("subjects", "actions", "sequences", "detector_names")
 
 
-def open_data(path: Path, format: str | None, options: Sequence[str]) -> PersonDataset:
+class WithFeatures:
+    """Persons of a data set; those with Gaussians and without ``features`` get
+    :func:`fasthyp.data.standard_features`, as in training. A joint without a Gaussian enters as a
+    wide blob about the others."""
+
+    def __init__(self, persons: PersonDataset) -> None:
+        self.persons = persons
+
+    def __len__(self) -> int:
+        return len(self.persons)
+
+    def __getitem__(self, rows: slice) -> PersonBatch:
+        batch = self.persons[rows]
+        if batch.features is not None or not len(batch):
+            return batch
+        if batch.amplitude is None or batch.mean is None or batch.covariance is None:
+            return batch
+        given = Gaussians(batch.amplitude, batch.mean, batch.covariance)
+        numbers = [given.amplitude[..., None], given.mean, given.covariance.flatten(-2)]
+        observed = torch.cat(numbers, -1).isfinite().all(-1)
+        features = standard_features(*fill_unseen(given, observed, (GRID, GRID)))
+        return replace(batch, features=features)
+
+    def groups(self, rows: slice) -> list[str] | None:
+        return self.persons.groups(rows)
+
+
+def open_data(path: Path, format: str | None, options: Sequence[str]) -> WithFeatures:
     """A data set with the options ``NAME=VALUE`` of its reader.
 
     Raises:
@@ -24,7 +58,7 @@ def open_data(path: Path, format: str | None, options: Sequence[str]) -> PersonD
         if not equals or not name:
             raise ValueError(f"--option: expected NAME=VALUE, got {option!r}")
         given[name.replace("-", "_")] = _value(name.replace("-", "_"), value)
-    return open_persons(path, format, **given)
+    return WithFeatures(open_persons(path, format, **given))
 
 
 def _value(name: str, text: str) -> Any:

@@ -90,7 +90,7 @@ def _errors(title: str, row: dict[str, Any]) -> Table:
         table.add_column(_COLUMNS[name], justify="right")
     for name, values in named.items():
         if values:
-            table.add_row(name, *(_number(column, values[column]) for column in columns if True))
+            table.add_row(name, *(_number(column, values[column]) for column in columns))
     return table
 
 
@@ -124,10 +124,7 @@ def _groups(result: dict[str, Any]) -> Table:
         column.justify = "right"
     rows = {**result["groups"], "mean": result["mean_over_groups"]}
     for name, row in rows.items():
-        numbers = [
-            part[key]
-            for key in ("mpjpe_mm", "pa_mpjpe_mm")
-            for part in (row["mode"], row["best_of"][most])
-        ]
+        parts = (row["mode"], row["best_of"][most])
+        numbers = [part[key] for key in ("mpjpe_mm", "pa_mpjpe_mm") for part in parts]
         table.add_row(name, f"{row['persons']:,}", *(_number("", value) for value in numbers))
     return table

@@ -47,6 +47,9 @@ def latent_mmd_loss(
     shapes("target", target, "P D")
     if not isinstance(blocked, int) or not 0 <= blocked < shapes["D"]:
         raise ValueError(f"blocked: expected 0 to {shapes['D'] - 1}, got {blocked}")
+    if not official:
+        _check_two("output", shapes["N"])
+        _check_two("target", shapes["P"])
     free = shapes["D"] - blocked
     x = torch.cat((output[:, :free], output[:, free:].detach()), dim=1)
     return mmd2(x, target, bandwidths, estimator="biased" if official else "unbiased")
@@ -143,6 +146,9 @@ def heatmap_mmd_loss(
     shapes("validity.counted", validity.counted, "B J", mask=True)
     check_choice("estimator", estimator, ("biased", "unbiased"))
     check_choice("reduction", reduction, ("mean", "none"))
+    if estimator == "unbiased":
+        _check_two("predicted", shapes["S"])
+        _check_two("samples", shapes["T"])
     first = torch.arange(shapes["T"], device=samples.device) == 0
     sampled = (validity.sampled != 0)[:, None] & ~first[:, None]
     targets = torch.where(sampled[..., None], samples, keypoints[:, None])
@@ -157,6 +163,11 @@ def heatmap_mmd_loss(
     )
     discrepancy = torch.where(counted, discrepancy, 0)
     return mean(discrepancy) if reduction == "mean" else discrepancy
+
+
+def _check_two(name: str, number: int) -> None:
+    if number < 2:
+        raise ValueError(f"{name}: expected 2 samples or more (unbiased estimate), got {number}")
 
 
 class LatentMMDLoss(LossModule, function=latent_mmd_loss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -60,8 +61,9 @@ class _PoseMetric(Metric):
         self.add_state("total", zero, dist_reduce_fx="sum")
         self.add_state("count", zero.clone(), dist_reduce_fx="sum")
 
+    @abstractmethod
     def _values(self, pred: Tensor, truth: Tensor, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The numbers, (...)."""
 
     def update(self, pred: Tensor, truth: Tensor, mask: Tensor | None = None) -> None:
         """Add predictions; the arguments and errors of the function of the same name."""

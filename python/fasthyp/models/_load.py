@@ -24,8 +24,8 @@ def load(
     imported.
 
     Args:
-        path: the folder; ``"lifting"`` for the bundled :class:`LiftingFlow`, or the folder or
-            ``.safetensors`` file of another.
+        path: the folder, or that of a training run; ``"lifting"`` for the bundled
+            :class:`LiftingFlow`, or the folder or ``.safetensors`` file of another.
         device: where to put it.
         modules: what the class takes beside its configuration (a backbone, a body).
 
@@ -38,6 +38,8 @@ def load(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but PyTorch finds no CUDA device")
     folder = Path(path)
+    if (folder / "model" / CONFIG_NAME).is_file():  # of a training run
+        folder = folder / "model"
     lifting = folder.suffix == ".safetensors" or (folder / "lifting.safetensors").is_file()
     if str(path) == BUNDLED or lifting:
         if modules:

@@ -98,7 +98,7 @@ class PretrainedModel(nn.Module):
             raise ValueError(f"{folder / CONFIG_NAME}: expected a {cls.__name__}, got {name!r}")
         try:
             model = cls(config_from(cls.Config, values), **modules)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # the last of sizes below zero
             raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
         model.load_weights(folder)
         return model.to(device).eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,8 +48,9 @@ class Hypothesiser(Protocol):
         the same hypotheses, and the first of them whatever their number.
 
         ``image_offset`` is the number of the first person, where these are part of a longer list:
-        hypothesis m of person p depends on the seed, p and m alone. (A model may lack it: it is
-        then asked for one person at a time.)
+        hypothesis m of person p depends on the seed, p and m alone. A model may lack it: it is
+        then asked for one person at a time. It may have a ``precision``: that of
+        :class:`fasthyp.HypothesisSampler`.
         """
         ...
 
@@ -62,14 +63,31 @@ def draw(
     include_mode: bool = True,
     vertices: bool = False,
     image_offset: int = 0,
+    precision: str = "high",
 ) -> Hypotheses:
     """``model.hypotheses(...)``, one person at a time where that has no ``image_offset``: what
     comes depends on the seed and the person's number, not on the split into batches.
 
     Raises:
-        ValueError: a hypothesis is not finite; names the person.
+        ValueError: a hypothesis is not finite; names the person. Or another precision than
+            ``"high"`` is asked of a model whose ``hypotheses`` takes none.
     """
-    answer = _drawn(model, persons, num_samples, seed, include_mode, vertices, image_offset)
+    known = inspect.signature(model.hypotheses).parameters
+    options: dict[str, Any] = {"include_mode": include_mode, "vertices": vertices}
+    if "precision" in known:
+        options["precision"] = precision
+    elif precision != "high":
+        raise ValueError(f"precision: {type(model).__name__} has no choice, got {precision!r}")
+    if "image_offset" in known:
+        answer = model.hypotheses(persons, num_samples, seed, image_offset=image_offset, **options)
+    else:
+        seeds = [derive_seed(seed, image_offset + row) for row in range(len(persons))]
+        answer = _joined(
+            [
+                model.hypotheses(persons[row : row + 1], num_samples, own, **options)
+                for row, own in enumerate(seeds)
+            ]
+        )
     lost = (~answer.joints_3d.isfinite().flatten(1).all(1)).nonzero()
     if len(lost):
         number = image_offset + int(lost[0])
@@ -77,24 +95,7 @@ def draw(
     return answer
 
 
-def _drawn(
-    model: Hypothesiser,
-    persons: PersonBatch,
-    num_samples: int,
-    seed: int,
-    include_mode: bool,
-    vertices: bool,
-    image_offset: int,
-) -> Hypotheses:
-    options = (include_mode, vertices)
-    if "image_offset" in inspect.signature(model.hypotheses).parameters:
-        return model.hypotheses(persons, num_samples, seed, *options, image_offset=image_offset)
-    parts = [
-        model.hypotheses(
-            persons[row : row + 1], num_samples, derive_seed(seed, image_offset + row), *options
-        )
-        for row in range(len(persons))
-    ]
+def _joined(parts: list[Hypotheses]) -> Hypotheses:
     known = [
         name
         for name in ("log_prob", "vertices", "uncertainty")

@@ -258,6 +258,7 @@ class LiftingFlow(nn.Module):
         include_mode: bool = True,
         vertices: bool = False,
         image_offset: int = 0,
+        precision: str = "high",
     ) -> Hypotheses:
         """See :class:`fasthyp.models.Hypothesiser`; without ``vertices``.
 
@@ -287,7 +288,7 @@ class LiftingFlow(nn.Module):
             numbers = [given.amplitude[..., None], given.mean, given.covariance.flatten(-2)]
             observed = torch.cat(numbers, -1).isfinite().all(-1)
         cond = condition_of(self, given, observed, size)
-        options = (seed, include_mode, True, "high", image_offset)
+        options = (seed, include_mode, True, precision, image_offset)
         pose, log_prob = self.sample(cond, num_samples, *options)
         assert isinstance(log_prob, Tensor)
         lost = ~observed.any(1)[:, None]  # a ReLU in the flow may have lost the condition's NaN

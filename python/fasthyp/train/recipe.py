@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import lightning as L
 import torch
@@ -41,7 +41,7 @@ from fasthyp.train.curves import Curves
 
 VALIDATION_SEED = 1
 _VALIDATION_CHUNK = 128  # persons at a time, whatever the number of processes
-_START_METHOD = "spawn"  # of processes: the only one that a GPU in use allows
+_START_METHOD: Final = "spawn"  # of processes: the only one that a GPU in use allows
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def guess_format(path: str | os.PathLike[str]) -> str:
         return "emdb" if file.stem.endswith("_data") else "3dpw"
     elif file.suffix == ".npz":
         names = set(NpzArrays(file).names)
-        if "coco13_mm" in names:
+        if names & {"coco13_mm", "poses_mm"}:
             return "cmu"
         if "positions_3d" in names:
             return "h36m"

@@ -7,26 +7,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasthyp.data.mocap import load_cmu
+from fasthyp.data.persons import PersonBatch
 from fasthyp.data.readers._dataset import Clip, Fields, PersonDataset
-from fasthyp.data.simulate import PoseSimulator, SimulationConfig
+from fasthyp.data.simulate import VISIBLE, PoseSimulator, SimulationConfig
+from fasthyp.data.simulated_persons import SimulatedPersons, stick_poses
 from fasthyp.skeleton import COCO13_JOINTS
 
 
 def cmu(
     path: str | os.PathLike[str],
     *,
+    detector: str | None = None,
     part: str = "test",
     persons: int | None = None,
     seed: int = 0,
     every: int = 1,
 ) -> PersonDataset:
-    """The 13 COCO body joints of frames of one part, each seen once by a random simulated camera;
-    rows by subject.
+    """Frames of one part, each seen once by a random simulated camera; rows by subject.
 
     Args:
         path: see :func:`fasthyp.data.load_cmu`.
+        detector: a name of :data:`fasthyp.data.DETECTORS`: the persons are those of
+            :class:`fasthyp.data.SimulatedPersons`, with Human3.6M's 17 joints. Unless told, the 13
+            COCO joints as :class:`fasthyp.models.LiftingFlow` has them, and no body.
         part: ``"train"``, ``"validation"`` or ``"test"``.
         persons: this many evenly spaced frames; all unless told.
         seed: of the cameras and of the 2D errors.
@@ -35,29 +41,41 @@ def cmu(
     Raises:
         ValueError: as :func:`fasthyp.data.load_cmu`.
     """
-    poses = load_cmu(path, part)
+    joints = "coco13" if detector is None else "h36m17"
+    poses = load_cmu(path, part, joints)
     chosen = torch.arange(len(poses))
     if persons is not None and persons < len(poses):
         chosen = torch.linspace(0, len(poses) - 1, persons).round().long()
-    seen = PoseSimulator(poses.poses, SimulationConfig(augment=False)).sample(
+    if detector is None:
+        batch = _coco13(poses.poses, chosen, seed)
+    else:
+        stick = {part: stick_poses(poses.poses, poses.subject)}
+        source = SimulatedPersons(stick, detector, SimulationConfig(augment=False))
+        batch = source.sample(len(chosen), seed, part, chosen)
+    groups = [f"subject {number}" for number in poses.subject[chosen].tolist()]
+    clip = Clip(str(path), len(chosen), _Held(batch), groups)
+    return PersonDataset([clip], batch.joint_names, batch.detector_names, every)
+
+
+def _coco13(poses: Tensor, chosen: Tensor, seed: int) -> PersonBatch:
+    seen = PoseSimulator(poses, SimulationConfig(augment=False)).sample(
         len(chosen), torch.Generator().manual_seed(seed), chosen
     )
-    fields = {
-        "joints_3d": seen.clean_pose,
-        "joints_2d": seen.true_mean,
-        "amplitude": seen.amplitude,
-        "mean": seen.mean,
-        "covariance": seen.covariance,
-        "visible": seen.state == 0,
-    }
-    groups = [f"subject {number}" for number in poses.subject[chosen].tolist()]
-    clip = Clip(str(path), len(chosen), _Held(fields), groups)
-    return PersonDataset([clip], COCO13_JOINTS, COCO13_JOINTS, every)
+    return PersonBatch(
+        joints_3d=seen.clean_pose,
+        joints_2d=seen.true_mean,
+        amplitude=seen.amplitude,
+        mean=seen.mean,
+        covariance=seen.covariance,
+        visible=seen.state == VISIBLE,
+        joint_names=COCO13_JOINTS,
+        detector_names=COCO13_JOINTS,
+    )
 
 
 @dataclass(frozen=True)
 class _Held:
-    fields: dict[str, torch.Tensor]
+    persons: PersonBatch
 
     def __call__(self, rows: np.ndarray) -> Fields:
-        return {name: value[torch.from_numpy(rows)] for name, value in self.fields.items()}
+        return dict(self.persons[torch.from_numpy(rows)].tensors())
