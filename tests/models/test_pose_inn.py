@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import fasthyp.flows as flows
-from fasthyp.models.pose_inn import PoseINN
+from fasthyp.data.persons import PersonBatch
+from fasthyp.models.pose_inn import PoseINN, PoseINNConfig
+from fasthyp.models.pose_inn_input import DETECTOR_JOINTS
+from fasthyp.skeleton import H36M17_JOINTS
 from tests.conftest import GOLDEN, Golden, assert_as_good_as, golden_files, max_error
 
 CHECKPOINT = GOLDEN / "freia_old_checkpoint.pt"
@@ -41,7 +44,7 @@ def assert_stored_outputs(model: PoseINN, golden: Golden) -> None:
 @pytest.mark.parametrize("path", golden_files("freia_old_checkpoint.pt"))
 def test_published_kind_of_checkpoint(path: Path) -> None:
     model = PoseINN.from_checkpoint(path)
-    assert model.freia == "old"
+    assert model.config.freia == "old"
     assert all(row["accelerated"] for row in flows.explain(model).rows)
     assert_stored_outputs(model, Golden(path.parent / "freia_old_clamp.npz"))
 
@@ -107,7 +110,7 @@ def test_keys_are_those_of_the_checkpoint() -> None:
 def test_as_freia_0_2_the_same_weights_give_other_poses(tmp_path: Path) -> None:
     golden = Golden(GOLDEN / "freia_old_clamp.npz")
     old = from_golden(golden, tmp_path)
-    new = PoseINN(hidden=64)
+    new = PoseINN(hidden=64, freia="0.2")
     state = new.state_dict()
     for key, value in old.state_dict().items():
         parts = key.split(".")
@@ -118,7 +121,7 @@ def test_as_freia_0_2_the_same_weights_give_other_poses(tmp_path: Path) -> None:
     path = tmp_path / "new.pt"
     torch.save(state, path)
     loaded = PoseINN.from_checkpoint(path)
-    assert loaded.freia == "0.2"
+    assert loaded.config.freia == "0.2"
     assert len(loaded.state_dict()) == 68 + 16
     with torch.no_grad():
         x, gauss = golden["in/x"], golden["in/gauss"]
@@ -129,14 +132,15 @@ def test_as_freia_0_2_the_same_weights_give_other_poses(tmp_path: Path) -> None:
 def test_save_and_load(freia: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = PoseINN(hidden=12, freia=freia).eval()
-    model.save(tmp_path / "model.pt")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-    assert list(torch.load(tmp_path / "model.pt", weights_only=True)) == ["net"]
-    loaded = PoseINN.from_checkpoint(tmp_path / "model.pt")
+    loaded = PoseINN.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    torch.save({"net": model.state_dict()}, tmp_path / "official.pt")
+    official = PoseINN.from_checkpoint(tmp_path / "official.pt")
+    assert loaded.config == official.config == model.config
     x, gauss = torch.randn(3, 48), torch.randn(3, 78)
     with torch.no_grad():
-        for a, b in zip(loaded(x, gauss), model(x, gauss), strict=True):
-            assert torch.equal(a, b)
+        for other in (loaded, official):
+            for a, b in zip(other(x, gauss), model(x, gauss), strict=True):
+                assert torch.equal(a, b)
             assert torch.equal(pickle.loads(pickle.dumps(model))(x, gauss)[0], model(x, gauss)[0])
         back = model.reverse(model(x, gauss)[0], gauss)[0]
     torch.testing.assert_close(back, x, rtol=1e-3, atol=1e-3)
@@ -168,6 +172,72 @@ def test_sample() -> None:
             model.sample(*arguments)
 
 
+def persons(number: int) -> PersonBatch:
+    generator = torch.Generator().manual_seed(3)
+    root = torch.randn(number, 16, 2, 2, generator=generator)
+    return PersonBatch(
+        amplitude=torch.rand(number, 16, generator=generator),
+        mean=10 + 40 * torch.rand(number, 16, 2, generator=generator),
+        covariance=root @ root.mT + torch.eye(2),
+        detector_names=DETECTOR_JOINTS,
+    )
+
+
+def test_hypotheses() -> None:
+    torch.manual_seed(0)
+    model, given = PoseINN(hidden=12).eval(), persons(3)
+    found = model.hypotheses(given, 20, seed=1)
+    assert found.joint_names == H36M17_JOINTS
+    assert found.joints_3d.shape == (3, 20, 17, 3)
+    assert found.log_prob is not None
+    assert found.log_prob.shape == (3, 20)
+    gauss, pose_2d = model.inputs(given)
+    with torch.no_grad():
+        mode = model.reverse(torch.cat([torch.zeros(3, 16), pose_2d], 1), gauss)[0]
+    mode = mode.unflatten(1, (3, 16)).mT * torch.tensor([1.0, -1.0, -1.0])
+    want = mode - (mode[:, :1] + mode[:, 3:4]) / 2
+    torch.testing.assert_close(found.joints_3d[:, 0, 1:], want, rtol=1e-4, atol=1e-4)
+    assert found.joints_3d[:, :, 0].abs().max() < 1e-5
+    fewer = model.hypotheses(given, 7, seed=1)
+    torch.testing.assert_close(fewer.joints_3d, found.joints_3d[:, :7])
+    other = model.hypotheses(given, 7, seed=2)
+    assert (other.joints_3d[:, 1:] - fewer.joints_3d[:, 1:]).abs().max() > 1e-3
+    drawn = model.hypotheses(given, 7, seed=1, include_mode=False)
+    torch.testing.assert_close(drawn.joints_3d[:, 1:], fewer.joints_3d[:, 1:])
+    assert (drawn.joints_3d[:, 0] - fewer.joints_3d[:, 0]).abs().max() > 1e-3
+    last = model.hypotheses(given[2:], 7, seed=1, image_offset=2)
+    torch.testing.assert_close(last.joints_3d, fewer.joints_3d[2:])
+    assert model.hypotheses(given, 2, vertices=True).vertices is None
+
+
+def test_one_inverse_pass_of_many_latents() -> None:
+    """As FrEIA's reverse pass of repeated conditions, with the same gradients."""
+    torch.manual_seed(0)
+    model = PoseINN(hidden=12).double()
+    y, gauss, weight = torch.randn(3, 4, 48), torch.randn(3, 78), torch.randn(3, 4, 48)
+    y, gauss, weight = (t.double() for t in (y, gauss, weight))
+    together = model.inverse(y, gauss)
+    apart = model.reverse(y.flatten(0, 1), gauss.repeat_interleave(4, 0))[0].view(3, 4, 48)
+    torch.testing.assert_close(together, apart)
+    parameters = list(model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((together * weight).sum(), parameters),
+        torch.autograd.grad((apart * weight).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_named_configurations() -> None:
+    """The paper's 1024, the code's 1028 and old FrEIA's clamp, which is the paper's equation 2."""
+    assert PoseINNConfig().hidden == 1024
+    assert PoseINNConfig.official() == PoseINNConfig(hidden=1028, freia="old")
+    block = PoseINN(hidden=4).inn.module_list[1]
+    scale = torch.tensor([0.5, 30.0])
+    want = 2 * 2.0 / torch.pi * torch.atan(scale / 2.0)
+    torch.testing.assert_close(2.0 * block.f_clamp(scale), want, rtol=2e-3, atol=0)
+
+
 def _without(state: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != key}
 
@@ -180,8 +250,8 @@ def _without(state: dict[str, Any], key: str) -> dict[str, Any]:
             lambda s: {**s, "cond_net.0.weight": torch.zeros(256, 77)},
             r"cond_net\.0\.weight.*\(256, 78\)",
         ),
-        (lambda s: _without(s, "inn.module_list.15.s1.0.bias"), r"15\.s1\.0\.bias is missing"),
-        (lambda s: {**s, "extra": torch.zeros(1)}, "unexpected tensor extra"),
+        (lambda s: _without(s, "inn.module_list.15.s1.0.bias"), r"15\.s1\.0\.bias' is missing"),
+        (lambda s: {**s, "extra": torch.zeros(1)}, "unknown tensor 'extra'"),
         (lambda s: _without(s, "inn.module_list.1.s1.0.weight"), "no matrix inn"),
         (lambda s: {**s, "inn.module_list.1.s1.0.weight": torch.zeros(3)}, "no matrix inn"),
         (lambda s: {"weight": torch.zeros(2)}, "no matrix inn"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 from fasthyp import fit_gaussians
+from fasthyp.data.persons import PersonBatch
 from fasthyp.heatmaps import GaussianFit
 from fasthyp.metrics import root_centred
 from fasthyp.models import PoseINN
 from fasthyp.models.pose_inn_input import (
     FITTED_JOINTS,
+    camera_joints,
     gaussian_condition,
     insert_root,
     normalise_pose_2d,
     normalise_pose_3d,
+    person_input,
 )
 from tests.conftest import Golden, golden_files
 
@@ -92,6 +96,60 @@ def test_from_heatmaps_to_hypotheses() -> None:
     assert drawn.shape == (1, 3, 48)
 
 
+@pytest.mark.parametrize("path", golden_files("w21_losses_preprocess.npz"))
+def test_persons_have_covariances_only(path: Path) -> None:
+    """The principal axes of a covariance give what the fit's own axes give; but the official code
+    clips a negative standard deviation as a narrow one, and a covariance has no sign."""
+    golden = Golden(path)
+    fit = fit_of(golden["in/gauss_fits"].unflatten(1, (16, 7)))
+    positive = ((fit.sigma_x > 0) & (fit.sigma_y > 0))[:, FITTED_JOINTS]
+    assert positive.float().mean() > 0.8
+    cos, sin, none = fit.theta.cos(), fit.theta.sin(), torch.zeros_like(fit.theta)
+    axes = torch.stack([cos, sin, -sin, cos], -1).unflatten(-1, (2, 2))  # columns, y down
+    squares = torch.stack([fit.sigma_x**2, none, none, fit.sigma_y**2], -1).unflatten(-1, (2, 2))
+    persons = PersonBatch(
+        amplitude=fit.amplitude, mean=fit.mean, covariance=axes @ squares @ axes.mT
+    )
+    gauss, pose_2d = person_input(persons)
+    torch.testing.assert_close(
+        gauss.unflatten(1, (13, 6))[positive],
+        golden["out64/gauss_cond"][positive],
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    points, _ = normalise_pose_2d(fit.mean.clamp(0, 63))
+    torch.testing.assert_close(pose_2d, points.mT.flatten(1))
+
+
+def test_round_gaussians_have_no_axes() -> None:
+    covariance = 9.0 * torch.eye(2).expand(1, 16, 2, 2)
+    persons = PersonBatch(
+        amplitude=torch.ones(1, 16), mean=10 + 20 * torch.rand(1, 16, 2), covariance=covariance
+    )
+    gauss, _ = person_input(persons)
+    columns = gauss.unflatten(1, (13, 6))[..., 3:]
+    torch.testing.assert_close(columns, torch.tensor([0.09, 0.0, 0.09]).expand(1, 13, 3))
+
+
+def test_to_the_camera_and_back() -> None:
+    joints = torch.randn(2, 5, 17, 3, generator=torch.Generator().manual_seed(0))
+    joints[..., 0, :] = (joints[..., 1, :] + joints[..., 4, :]) / 2
+    joints = root_centred(joints, 0)
+    poses = normalise_pose_3d(joints[..., 1:, :], metres=1.0).mT.flatten(-2)
+    torch.testing.assert_close(camera_joints(poses), joints)
+    torch.testing.assert_close(poses.unflatten(-1, (3, 16)).mean(-1), torch.zeros(2, 5, 3))
+    up = poses.unflatten(-1, (3, 16))[..., 1, 8] - poses.unflatten(-1, (3, 16))[..., 1, 0]
+    torch.testing.assert_close(up, joints[..., 1, 1] - joints[..., 9, 1])
+
+
+def gaussians(joints: int) -> PersonBatch:
+    return PersonBatch(
+        amplitude=torch.ones(2, joints),
+        mean=torch.rand(2, joints, 2),
+        covariance=torch.eye(2).expand(2, joints, 2, 2),
+    )
+
+
 GOOD = fit_of(torch.rand(2, 16, 7) + 1)
 
 
@@ -114,6 +172,14 @@ GOOD = fit_of(torch.rand(2, 16, 7) + 1)
             lambda: gaussian_condition(GOOD._replace(theta=torch.ones(2, 3))),
             ValueError,
             "fit.theta",
+        ),
+        (lambda: camera_joints(torch.ones(2, 51)), ValueError, r"poses.*\(2, 51\)"),
+        (lambda: person_input(PersonBatch()), ValueError, "persons: expected amplitude"),
+        (lambda: person_input(gaussians(13)), ValueError, r"\(B, 16, 2\)"),
+        (
+            lambda: person_input(replace(gaussians(16), detector_names=("nose",) * 16)),
+            ValueError,
+            "detector joints.*nose",
         ),
     ],
 )

@@ -79,13 +79,14 @@ H36M17_POINTS = tuple(STICK_POINTS.index(_H36M_POINT.get(n, n)) for n in H36M17_
 
 
 def point_indices(names: Sequence[str]) -> tuple[int, ...]:
-    """Vertices of detector joints: COCO's or MPII's names, or ``H36M17_JOINTS``.
+    """Vertices of detector joints: COCO's or MPII's names, or those of Human3.6M's 17 alone, in any
+    order.
 
     Raises:
         ValueError: the body has no such point.
     """
-    if tuple(names) == H36M17_JOINTS:
-        return H36M17_POINTS
+    if set(names) <= set(H36M17_JOINTS):
+        return tuple(H36M17_POINTS[H36M17_JOINTS.index(name)] for name in names)
     wanted = [_MPII_POINT.get(name, name) for name in names]
     for name in wanted:
         if name not in STICK_POINTS:

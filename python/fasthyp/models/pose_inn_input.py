@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fasthyp._tensors import check_floating
+from fasthyp.data.persons import PersonBatch
 from fasthyp.heatmaps import GaussianFit
+from fasthyp.metrics import root_centred
+from fasthyp.skeleton import H36M17_JOINTS, MPII16_JOINTS
+
+DETECTOR_JOINTS = tuple(
+    H36M17_JOINTS[j] for j in (3, 2, 1, 4, 5, 6, 0, 7, 8, 10, 16, 15, 14, 11, 12, 13)
+)
+"""What the detector of the paper finds: the order is MPII's, the joints are those of Human3.6M, on
+which it was trained in the end (``H36M17j_TO_MPII``)."""
 
 FITTED_JOINTS = (0, 1, 4, 5, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 """The 13 of MPII's 16 joints that enter the condition: all but the hips and the pelvis."""
@@ -55,16 +64,35 @@ def normalise_pose_2d(
     return centred / scale, covariance
 
 
-def normalise_pose_3d(poses: Tensor) -> Tensor:
-    """3D poses (..., J, 3) in mm, y down, z away from the camera, as the model has them: in metres,
+def normalise_pose_3d(poses: Tensor, metres: float = 1e-3) -> Tensor:
+    """3D poses (..., J, 3), y down, z away from the camera, as the model has them: in metres,
     centred on the mean of their joints, y up, z towards the camera (``normalize_poses``).
+
+    Args:
+        poses: in any unit.
+        metres: that a unit has; mm unless told.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     _check("poses", poses, 3)
     centred = poses - poses.mean(-2, keepdim=True)
-    return centred * poses.new_tensor([1e-3, -1e-3, -1e-3])
+    return centred * poses.new_tensor([metres, -metres, -metres])
+
+
+def camera_joints(poses: Tensor) -> Tensor:
+    """The model's poses (..., 48), all x, then all y, then all z of 16 joints, as the 17 joints of
+    Human3.6M (..., 17, 3): metres, camera axes (y down, z away from the camera), the root at the
+    origin.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_floating("poses", poses)
+    if poses.shape[-1:] != (3 * _JOINTS,):
+        raise ValueError(f"poses: expected shape (..., {3 * _JOINTS}), got {tuple(poses.shape)}")
+    joints = poses.unflatten(-1, (3, _JOINTS)).mT * poses.new_tensor([1.0, -1.0, -1.0])
+    return root_centred(insert_root(joints), 0)
 
 
 def insert_root(poses: Tensor, hips: tuple[int, int] = (0, 3)) -> Tensor:
@@ -115,20 +143,72 @@ def gaussian_condition(fit: GaussianFit, heatmap_std: float = 2.0, size: int = 6
         raise ValueError(f"heatmap_std: expected a positive number, got {heatmap_std}")
     if size < 2:
         raise ValueError(f"size: expected at least 2, got {size}")
+    axes = (fit.sigma_x, fit.sigma_y, fit.theta)
+    return _condition(fit.amplitude, fit.mean, *axes, heatmap_std, size)
 
-    mean, _ = normalise_pose_2d(fit.mean.clamp(0, size - 1))
+
+def person_input(
+    persons: PersonBatch, heatmap_std: float = 2.0, size: int = 64
+) -> tuple[Tensor, Tensor]:
+    """What the model sees of persons: their Gaussians as :func:`gaussian_condition` has them, and
+    their 2D pose.
+
+    The 2D pose is that of the fitted means, clipped to the map. (The official code has the
+    detector's maxima there, and the fitted means in the condition only.)
+
+    Args:
+        persons: ``amplitude``, ``mean`` and ``covariance`` of :data:`DETECTOR_JOINTS` are used; or
+            of MPII's own 16, whose thorax, upper neck and top of the head stand where the spine,
+            the thorax and the head of Human3.6M should.
+        heatmap_std, size: as for :func:`gaussian_condition`.
+
+    Returns:
+        Gaussians (B, 78) and 2D poses (B, 32), all x, then all y.
+
+    Raises:
+        ValueError: other joints, or no Gaussians.
+    """
+    amplitude, mean, covariance = persons.need("amplitude", "mean", "covariance")
+    if persons.detector_names not in ((), DETECTOR_JOINTS, MPII16_JOINTS):
+        raise ValueError(
+            f"persons: expected detector joints {DETECTOR_JOINTS}, got {persons.detector_names}"
+        )
+    if mean.shape[1:] != (_JOINTS, 2):
+        raise ValueError(f"persons: expected mean (B, {_JOINTS}, 2), got {tuple(mean.shape)}")
+    xx, xy, yy = covariance[..., 0, 0], covariance[..., 0, 1], covariance[..., 1, 1]
+    middle, half, apart = (xx + yy) / 2, (xx - yy) / 2, xy
+    radius = torch.hypot(half, apart)
+    first, second = middle + radius, middle - radius
+    # The first axis is (cos theta, -sin theta) with y down.
+    theta = -0.5 * torch.atan2(apart, half)
+    axes = (first.clamp_min(0).sqrt(), second.clamp_min(0).sqrt(), theta)
+    gauss = _condition(amplitude, mean, *axes, heatmap_std, size)
+    points, _ = normalise_pose_2d(mean.clamp(0, size - 1))
+    return gauss.flatten(1), points.mT.flatten(1)
+
+
+def _condition(
+    amplitude: Tensor,
+    mean: Tensor,
+    sigma_x: Tensor,
+    sigma_y: Tensor,
+    theta: Tensor,
+    heatmap_std: float,
+    size: int,
+) -> Tensor:
+    points, _ = normalise_pose_2d(mean.clamp(0, size - 1))
 
     def eigenvalue(sigma: Tensor) -> Tensor:
         sigma = sigma.clamp(heatmap_std / 10, heatmap_std * 5)
         sigma = torch.where(sigma > _UNCERTAIN * heatmap_std, 2 * sigma, sigma)
         return (sigma / (10 * heatmap_std)).square()
 
-    a, b = eigenvalue(fit.sigma_x), eigenvalue(fit.sigma_y)
-    cos, sin = fit.theta.cos(), fit.theta.sin()
+    a, b = eigenvalue(sigma_x), eigenvalue(sigma_y)
+    cos, sin = theta.cos(), theta.sin()
     # The first axis is (cos, -sin) in the image, y down: (cos, sin) with y up.
     columns = [
-        fit.amplitude.clamp(0, 1.2),
-        *mean.unbind(-1),
+        amplitude.clamp(0, 1.2),
+        *points.unbind(-1),
         a * cos * cos + b * sin * sin,
         (a - b) * cos * sin,
         a * sin * sin + b * cos * cos,

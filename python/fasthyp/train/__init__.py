@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 SYSTEMS = {
     "humr": "fasthyp.train.humr:HUMRRecipe",
+    "poco": "fasthyp.train.poco:POCORecipe",
+    "pose_inn": "fasthyp.train.pose_inn:PoseINNRecipe",
     "prohmr": "fasthyp.train.prohmr:ProHMRRecipe",
     "prohmr_lifting": "fasthyp.train.prohmr:ProHMRLiftingRecipe",
-    "poco": "fasthyp.train.poco:POCORecipe",
     "propose": "fasthyp.train.propose:ProPoseRecipe",
     "regression": "fasthyp.train.regression:RegressionRecipe",
 }

@@ -127,8 +127,8 @@ class Recipe(L.LightningModule):
     name: ClassVar[str] = ""
     monitor: ClassVar[str] = "mode_mm"
     """Which number of :meth:`validate` is the lower the better the model."""
-    detector: ClassVar[str] = "h36m17"
-    """Joints of the simulated detector, see :data:`fasthyp.data.DETECTORS`."""
+    detector: ClassVar[str | tuple[str, ...]] = "h36m17"
+    """Joints of the simulated detector: one of :data:`fasthyp.data.DETECTORS`, or their names."""
     heatmaps: ClassVar[bool] = False
     """Whether the losses need heatmaps."""
     find_unused_parameters: ClassVar[bool] = False
