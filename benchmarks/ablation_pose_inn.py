@@ -16,21 +16,20 @@ of all metrics.
 from __future__ import annotations
 
 import argparse
-import csv
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from _timing import report, save
+from train_systems import curve, regression_beside, trained
 
 from fasthyp.data.simulated_persons import SimulatedPersons
 from fasthyp.evaluation import evaluate
 from fasthyp.models.pose_inn_input import DETECTOR_JOINTS
 from fasthyp.train.baselines import baseline_errors
 from fasthyp.train.pose_inn import PoseINNRecipe, PoseINNRecipeConfig
-from fasthyp.train.recipe import VALIDATION_SEED, Recipe, run
-from fasthyp.train.regression import RegressionRecipe, RegressionRecipeConfig
+from fasthyp.train.recipe import VALIDATION_SEED
 
 TERMS = ("l2d", "mmd", "det", "best_of_m", "covariance", "generator")
 BEST = "best_of.200"
@@ -43,15 +42,6 @@ METRICS = {  # name: (path in a row of the table, whether less is better)
     "best_cps": (f"{BEST}.cps_mm", False),
     "calibration_error": ("calibration_error", True),
 }
-
-
-def trained(recipe: Recipe, folder: Path) -> Any:
-    return run(recipe, folder, resume=(folder / "last.ckpt").exists(), progress=False)
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    with open(folder / "metrics.csv", newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
@@ -83,14 +73,7 @@ def main() -> None:
     source = SimulatedPersons(options.data, DETECTOR_JOINTS)
     held_out = source.sample(options.persons, VALIDATION_SEED, "test")
 
-    regression = RegressionRecipeConfig(
-        seed=options.seed,
-        steps=options.steps,
-        batch_size=config.batch_size,
-        validate_every=min(config.validate_every, options.steps),
-        validation_size=config.validation_size,
-    )
-    model = trained(RegressionRecipe(regression, source), options.runs / "regression")
+    model = regression_beside(config, source, options.runs / "regression")
     table = evaluate(model, held_out, (1,))
     baselines = {
         **baseline_errors(source, options.persons, VALIDATION_SEED, "test"),

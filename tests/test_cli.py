@@ -20,6 +20,7 @@ import fasthyp
 from fasthyp.cli import main
 from fasthyp.cli._sample import demo_captions
 from fasthyp.models.lifting import LiftingFlow
+from fasthyp.train import SYSTEMS
 from tests.synthetic import people, write_mocap
 
 SIZE = 24
@@ -362,11 +363,31 @@ def test_train_a_system(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([*stored, "--out", "other", "--config", "recipe.json", "--steps", "1"]) == 0
 
 
+@pytest.mark.parametrize("system", sorted(SYSTEMS.keys() - {"regression"}))
+def test_small_systems(folder: Path, capsys: pytest.CaptureFixture[str], system: str) -> None:
+    pytest.importorskip("lightning")
+    write_mocap(folder / "cmu.npz")
+    settings = ("--set", "batch_size=8", "--set", "validation_size=8", "--steps", "1")
+    train = ("train", system, "--data", "cmu.npz", "--out", "run", "--small", *settings)
+    assert main([*train]) == 0
+    detector = "mpii16" if system == "pose_inn" else "h36m17"
+    assert (
+        main(["simulate", "cmu.npz", "--detector", detector, "--part", "test", "-o", "t.npz"]) == 0
+    )
+    capsys.readouterr()
+    assert main(["evaluate", "run/model", "t.npz", "-n", "1,3", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["all"]
+    assert row["persons"] == 40
+    assert 0 < row["best_of"]["3"]["mpjpe_mm"] <= row["mode"]["mpjpe_mm"] < 5000
+
+
 def test_train_a_system_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning")
     write_mocap(folder / "cmu.npz")
     train = ("train", "regression", "--data", "cmu.npz", "--out", "run")
-    assert "lifting, regression" in refused(capsys, "train", "foo", *train[2:])
+    assert "lifting, humr, poco" in refused(capsys, "train", "foo", *train[2:])
+    assert "--small" in refused(capsys, *train, "--small")
+    assert "--small" in refused(capsys, "train", "poco", *train[2:], "--small", "--resume")
     assert "--data" in refused(capsys, "train", "regression", "--out", "run")
     assert "--set: unknown setting stepz" in refused(capsys, *train, "--set", "stepz=3")
     assert "steps: expected int" in refused(capsys, *train, "--set", "steps=many")

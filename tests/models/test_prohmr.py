@@ -421,8 +421,6 @@ def test_bad_input() -> None:
         ProHMR(num_layers=1, hidden_features=8).condition(batch)
     with pytest.raises(ValueError, match="expected 'right_ankle' among"):
         ProHMRLifting().condition(type(batch)(mean=batch.mean, detector_names=COCO17_JOINTS[:3]))
-    with pytest.raises(ValueError, match="vertices: expected False"):
-        lifting().hypotheses(batch, 2, vertices=True)
     with pytest.raises(TypeError, match="body: expected a LinearBody"):
         BodyJoints(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="expected a pelvis or hips"):

@@ -284,6 +284,9 @@ def train(
     config: Annotated[
         Path | None, typer.Option(help="Recipe, .json; unset keys: defaults.")
     ] = None,
+    small: Annotated[
+        bool, typer.Option("--small", help="What a CPU can train on simulated persons.")
+    ] = False,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting instead of the recipe's."),
@@ -303,6 +306,7 @@ def train(
         *(system, data, out),
         validation=validation,
         config=config,
+        small=small,
         settings=settings or [],
         changes={name: value for name, value in changes.items() if value is not None},
         resume=resume,

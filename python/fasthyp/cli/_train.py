@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def run(
     out: Path,
     validation: Path | None,
     config: Path | None,
+    small: bool,
     settings: Sequence[str],
     changes: dict[str, Any],
     resume: bool,
@@ -28,9 +30,11 @@ def run(
     tensorboard: bool,
 ) -> None:
     """Train a system; see the command."""
+    if small and (config is not None or resume):
+        raise ValueError("--small: is a configuration of its own, without --config and --resume")
     if config is None and resume:
         config = out / "config.json"
-    values = {} if config is None else read_json(config)
+    values = _small(system) if small else {} if config is None else read_json(config)
     origin = "--set" if config is None else str(config)
     named = values.pop("system", system)
     if named != system:
@@ -57,6 +61,16 @@ def run(
     train(recipe, out, resume, progress, devices, tensorboard)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"wrote {out / 'model'}")
+
+
+def _small(system: str) -> dict[str, Any]:
+    from fasthyp.train import SYSTEMS, load_recipe
+
+    make = getattr(load_recipe(system).Config, "small", None) if system in SYSTEMS else None
+    if make is None:
+        raise ValueError(f"--small: {system} has no small configuration")
+    values: dict[str, Any] = json.loads(json.dumps(asdict(make())))
+    return values
 
 
 def _train_lifting(

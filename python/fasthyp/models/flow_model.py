@@ -245,10 +245,7 @@ class BodyFlow(FlowModel):
         **changes: Any,
     ) -> None:
         super().__init__(config, backbone, **changes)
-        named = self.config.body
-        if named not in ("", "stick"):
-            raise ValueError(f"body: expected 'stick' or nothing, got {named!r}")
-        self.body: Any = stick_joints() if body is None and named else body
+        self.body: Any = named_body(self.config.body) if body is None else body
 
     @property
     def dims(self) -> int:  # type: ignore[override]
@@ -358,6 +355,17 @@ class BodyFlow(FlowModel):
             prediction.log_prob,
             None if mesh is None else mesh - root,
         )
+
+
+def named_body(name: str) -> BodyJoints | None:
+    """``"stick"``: :func:`stick_joints`; ``""``: none.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in ("", "stick"):
+        raise ValueError(f"body: expected 'stick' or nothing, got {name!r}")
+    return stick_joints() if name else None
 
 
 def stick_joints() -> BodyJoints:

@@ -356,13 +356,8 @@ class ProHMRLifting(_GlowModel):
         image_offset: int = 0,
     ) -> Hypotheses:
         """Hypotheses of persons, see :class:`fasthyp.models.Hypothesiser`; the pelvis
-        comes first, at the origin.
-
-        Raises:
-            ValueError: ``vertices``, which a skeleton has not.
+        comes first, at the origin. A skeleton has no vertices.
         """
-        if vertices:
-            raise ValueError("vertices: expected False, as a skeleton has none")
         with evaluating(self):
             cond = self.condition(persons)
         x, log_prob = self._draw(cond, num_samples, seed, include_mode, "high", image_offset)

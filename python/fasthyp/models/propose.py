@@ -244,10 +244,8 @@ class ProPose(PretrainedModel):
         no density: the decoder is not invertible.
 
         Raises:
-            ValueError: the persons lack their 2D pose, or vertices are asked for.
+            ValueError: the persons lack their 2D pose.
         """
-        if vertices:
-            raise ValueError("vertices: expected False, as the model has no body")
         pose_2d = self.pose_2d(persons)
         latent = self.sample_latents(
             pose_2d, num_samples, seed, include_mode, precision, image_offset

@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fasthyp.body import h36m17_regressor, stick_body
-from fasthyp.body.joint_maps import H36M17_JOINTS
 from fasthyp.data.persons import PersonBatch
 from fasthyp.data.simulated_persons import PersonSource
 from fasthyp.losses import (
@@ -27,7 +25,7 @@ from fasthyp.losses import (
     pose_residual_loss,
     residual_log_likelihood_loss,
 )
-from fasthyp.models.flow_model import BodyJoints, PosedBody
+from fasthyp.models.flow_model import PosedBody
 from fasthyp.models.poco import POCO, POCOConfig, POCOPrediction, rotations
 from fasthyp.train.recipe import Recipe, RecipeConfig, run
 
@@ -118,11 +116,9 @@ class POCORecipe(Recipe):
         backbone: nn.Module | None = None,
     ) -> None:
         super().__init__(config, source)
-        if body is None:
-            body = BodyJoints(stick_body(), h36m17_regressor(), H36M17_JOINTS)
         persons = source.sample(_MEAN_PERSONS, _MEAN_SEED, "train")
         features, betas = persons.need("features", "betas")
-        settings = config.model
+        settings = config.model if body else replace(config.model, body="stick")
         if backbone is None and features.ndim == 2 and features.shape[1] != settings.features:
             settings = replace(settings, trunk_inputs=features.shape[1])
         self.model = POCO(settings, body=body, backbone=backbone)

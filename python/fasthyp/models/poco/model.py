@@ -15,7 +15,7 @@ from fasthyp.data.persons import PersonBatch
 from fasthyp.metrics.uncertainty import SMPL_PARENTS, body_uncertainty, kinematic_uncertainty
 from fasthyp.models._official import Checkpoint
 from fasthyp.models._pretrained import PretrainedModel
-from fasthyp.models.flow_model import PosedBody, evaluating, root_joints
+from fasthyp.models.flow_model import PosedBody, evaluating, named_body, root_joints
 from fasthyp.models.hypotheses import Hypotheses
 from fasthyp.models.poco.heads import (
     PARTS,
@@ -74,6 +74,7 @@ class POCOConfig:
         trunk_inputs: width of the features where they come of no backbone and an
             :class:`~fasthyp.models.prohmr.FCResNet` makes ``features`` numbers of them; 0: no such
             trunk.
+        body: ``"stick"`` for simulated persons' stick body where no body is given, or nothing.
     """
 
     head: str = "cliff"
@@ -101,6 +102,7 @@ class POCOConfig:
     reject_above: float = 0.8
     crop_size: float = 64.0
     trunk_inputs: int = 0
+    body: str = ""
 
     @classmethod
     def official_cliff(cls, **changes: Any) -> POCOConfig:
@@ -202,7 +204,7 @@ class POCO(PretrainedModel):
             *(width, c.condition, c.flow_dim, c.flow_layers, c.flow_hidden, c.flow_masks),
             c.absolute_residuals,
         )
-        self.body = body
+        self.body: PosedBody | None = named_body(c.body) if body is None else body
         self.backbone = backbone
         self.trunk = (
             FCResNet(c.trunk_inputs, c.features, c.features, dropout=c.dropout)
@@ -272,12 +274,11 @@ class POCO(PretrainedModel):
     def posed(
         self, pose: Tensor, betas: Tensor, vertices: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Joints as :meth:`joints`, and vertices (B, V, 3) where wanted."""
+        """Joints as :meth:`joints`, and vertices (B, V, 3) where wanted and the
+        body has them."""
         body = self._body()
         joints, mesh = body(betas, pose, vertices)
         root = joints[:, list(root_joints(body.joint_names))].mean(1, keepdim=True)
-        if vertices and mesh is None:
-            raise ValueError("vertices: expected a body with vertices")
         return joints - root, None if mesh is None else mesh - root
 
     def translation(self, predicted: Regressed, persons: PersonBatch) -> Tensor:
