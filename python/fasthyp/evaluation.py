@@ -32,9 +32,9 @@ HARD_SIGMA = 5.0
 """Cells: 2.5 times the standard deviation of the training heatmaps of Wehrbein et al., ICCV 2021,
 whose highly ambiguous persons have a joint with a wider fit (``data_h36m.py`` of their code)."""
 
-PCK_LEFT_OUT = ("pelvis", "spine", "neck")
+PCK_LEFT_OUT = ("pelvis", "spine", "jaw")
 """Of a Human3.6M pose these do not count for PCK: :data:`fasthyp.metrics.PCK_JOINTS` by name. Of
-one with a ``head_top`` (MPI-INF-3DHP) it is the ``head`` instead of the neck."""
+one with a ``head_top`` (MPI-INF-3DHP) it is the ``head`` instead of the jaw."""
 
 CPS_LEFT_OUT = ("spine",)
 """The same for the Correct Poses Score: :data:`fasthyp.metrics.CPS_JOINTS`."""

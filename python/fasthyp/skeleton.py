@@ -47,10 +47,10 @@ COCO13_PARENTS = (-1, 0, 0, 1, 2, 3, 4, 1, 2, 7, 8, 9, 10)
 
 H36M17_JOINTS = (
     *("pelvis", "right_hip", "right_knee", "right_ankle", "left_hip", "left_knee", "left_ankle"),
-    *("spine", "thorax", "neck", "head", "left_shoulder", "left_elbow", "left_wrist"),
+    *("spine", "thorax", "jaw", "head", "left_shoulder", "left_elbow", "left_wrist"),
     *("right_shoulder", "right_elbow", "right_wrist"),
 )
-"""Human3.6M's 17 joints in the order of the data set; "neck" is at the chin, "head" the top."""
+"""Human3.6M's 17 joints in the order of the data set; others call the jaw "Neck/Nose"."""
 
 MPII16_JOINTS = (
     *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle", "pelvis"),
@@ -92,14 +92,21 @@ SMPL24_JOINTS = (
 SMPL_PARENTS = (-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21)
 """The joint next to each of SMPL's 24 on the way to the pelvis; -1 for the pelvis itself."""
 
-HMR24_JOINTS = (
+LSP14_JOINTS = (
     *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle"),
     *("right_wrist", "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist"),
-    *("neck", "head_top", "pelvis", "thorax", "spine", "jaw", "head"),
+    *("neck", "head_top"),
+)
+"""Leeds Sports Pose."""
+
+J24_JOINTS = (
+    *LSP14_JOINTS,
+    *("pelvis", "thorax", "spine", "jaw", "head"),
     *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
 )
-"""The 24 annotated joints of the files of SPIN, ProHMR and POCO: LSP's 14, MPII's pelvis and
-thorax, Human3.6M's spine, jaw and head, five of the face."""
+"""SPIN's 24 joints that come with data sets rather than with OpenPose, annotated in the files of
+SPIN, ProHMR and POCO: LSP's 14, MPII's pelvis and thorax, Human3.6M's spine, jaw and head, five of
+the face."""
 
 MPI_INF_3DHP17_JOINTS = (
     *("head_top", "neck", "right_shoulder", "right_elbow", "right_wrist"),

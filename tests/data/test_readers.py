@@ -38,7 +38,7 @@ from fasthyp.data.readers._containers import ZarrArrays
 from fasthyp.skeleton import (
     COCO17_JOINTS,
     H36M17_JOINTS,
-    HMR24_JOINTS,
+    J24_JOINTS,
     MPI_INF_3DHP17_JOINTS,
     MPII16_JOINTS,
     OPENPOSE18_JOINTS,
@@ -413,7 +413,7 @@ def test_hmr_of_spin(tmp_path: Path) -> None:
     joints = rng(1).normal(size=(T, 24, 4))
     joints[..., 3] = 1
     joints[2, 5, 3] = 0
-    joints[3, HMR24_JOINTS.index("pelvis"), 3] = 0
+    joints[3, J24_JOINTS.index("pelvis"), 3] = 0
     has = np.arange(T) != 4
     values = {
         "imgname": np.array([f"S9_Walking/{i}.jpg" for i in range(T)]),
@@ -429,7 +429,7 @@ def test_hmr_of_spin(tmp_path: Path) -> None:
     np.savez(path, **values)
     data = open_persons(path, group_by_folder=True, sigma=2.0)
     batch = data[:]
-    root = HMR24_JOINTS.index("pelvis")
+    root = J24_JOINTS.index("pelvis")
     close(batch.joints_3d[0], joints[0, :, :3] - joints[0, root, :3])
     assert batch.joints_3d[2, 5].isnan().all()
     hips = joints[3, [2, 3], :3].mean(0)
@@ -494,7 +494,7 @@ def test_hmr_of_bedlam_and_prohmr(tmp_path: Path, body: SMPL) -> None:
     }
     np.savez(tmp_path / "prohmr.npz", **prohmr)
     data = hmr(tmp_path / "prohmr.npz")
-    assert data.joint_names == HMR24_JOINTS[:19]
+    assert data.joint_names == J24_JOINTS[:19]
     batch = data[:]
     close(batch.joints_3d[1], extra[1, :, :3] - extra[1, 14, :3])
     side = 200 * values["scale"][0]

@@ -18,7 +18,7 @@ from fasthyp.body.skinning import Camera, Rotation, project_joints, regress_join
 from fasthyp.skeleton import COCO17_JOINTS, H36M17_JOINTS
 
 # Bones at whose heads Human3.6M's joints lie that COCO lacks.
-_H36M_BONES = {"spine": "spine03", "thorax": "neck01", "neck": "head"}
+_H36M_BONES = {"spine": "spine03", "thorax": "neck01", "jaw": "head"}
 
 
 class AnnyBody(LinearBody):

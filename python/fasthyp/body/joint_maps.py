@@ -5,7 +5,14 @@
 
 from __future__ import annotations
 
-from fasthyp.skeleton import COCO13_JOINTS, COCO17_JOINTS, H36M17_JOINTS, SMPL24_JOINTS
+from fasthyp.skeleton import (
+    COCO13_JOINTS,
+    COCO17_JOINTS,
+    H36M17_JOINTS,
+    J24_JOINTS,
+    LSP14_JOINTS,
+    SMPL24_JOINTS,
+)
 
 SMPL45_JOINTS = (
     *SMPL24_JOINTS,
@@ -20,29 +27,16 @@ SMPL45_JOINTS = (
 )
 """The joints of a call of :class:`~fasthyp.body.SMPL`."""
 
-LSP14_JOINTS = (
-    *("right_ankle", "right_knee", "right_hip", "left_hip", "left_knee", "left_ankle"),
-    *("right_wrist", "right_elbow", "right_shoulder", "left_shoulder", "left_elbow", "left_wrist"),
-    *("neck", "head"),
-)
-"""Leeds Sports Pose; "head" is the top."""
-
 J19_JOINTS = (*LSP14_JOINTS, "nose", "left_eye", "right_eye", "left_ear", "right_ear")
 """HMR's 19 "cocoplus" joints, of its SMPL-to-J19 regressor: LSP's and COCO's face."""
-
-J24_JOINTS = (
-    *LSP14_JOINTS,
-    *("pelvis_mpii", "thorax_mpii", "spine_h36m", "jaw_h36m", "head_h36m"),
-    *("nose", "left_eye", "right_eye", "left_ear", "right_ear"),
-)
-"""SPIN's 24 joints that come with data sets rather than with OpenPose."""
 
 SMPL45_TO_COCO17 = tuple(SMPL45_JOINTS.index(name) for name in COCO17_JOINTS)
 SMPL45_TO_COCO13 = tuple(SMPL45_JOINTS.index(name) for name in COCO13_JOINTS)
 """The hips are those of SMPL's skeleton, which lie lower and further in than COCO's."""
 
 H36M17_TO_LSP14 = tuple(
-    H36M17_JOINTS.index(name.replace("neck", "thorax")) for name in LSP14_JOINTS
+    H36M17_JOINTS.index({"neck": "thorax", "head_top": "head"}.get(name, name))
+    for name in LSP14_JOINTS
 )
 """From joints in the order of the data set, right leg first."""
 

@@ -70,7 +70,7 @@ _POINTS = _points()
 STICK_POINTS = (*SMPL24_JOINTS, *sorted(_POINTS.keys() - set(SMPL24_JOINTS)))
 """The body's vertices: SMPL's 24 joints, both ears, eyes, heels and toes, top of the head, nose."""
 
-_H36M_POINT = {"spine": "spine2", "thorax": "neck", "neck": "head", "head": "head_top"}
+_H36M_POINT = {"spine": "spine2", "thorax": "neck", "jaw": "head", "head": "head_top"}
 _MPII_POINT = {"thorax": "neck", "upper_neck": "head"}
 
 H36M17_POINTS = tuple(STICK_POINTS.index(_H36M_POINT.get(n, n)) for n in H36M17_JOINTS)
@@ -145,7 +145,7 @@ def fit_stick_shape(poses: Tensor) -> Tensor:
         "lower_trunk": (("pelvis", "spine"),),
         "upper_trunk": (("spine", "thorax"),),
         "shoulders": (("thorax", "left_shoulder"), ("thorax", "right_shoulder")),
-        "head": (("thorax", "neck"), ("neck", "head")),
+        "head": (("thorax", "jaw"), ("jaw", "head")),
         "upper_arm": (("left_shoulder", "left_elbow"), ("right_shoulder", "right_elbow")),
         "forearm": (("left_elbow", "left_wrist"), ("right_elbow", "right_wrist")),
     }
@@ -187,7 +187,7 @@ def fit_stick_pose(poses: Tensor, betas: Tensor) -> Tensor:
     offset_of = body.v_template + torch.einsum("vcs,ns->nvc", body.shapedirs, betas.double())
     rest = dict(zip(STICK_POINTS, offset_of.expand(len(poses), -1, -1).unbind(1), strict=True))
     parents = {name: SMPL24_JOINTS[SMPL_PARENTS[k]] for k, name in enumerate(SMPL24_JOINTS) if k}
-    aims = {"spine1": ("spine2", "spine"), "neck": ("head", "neck"), "head": ("head_top", "head")}
+    aims = {"spine1": ("spine2", "spine"), "neck": ("head", "jaw"), "head": ("head_top", "head")}
     for side in ("left", "right"):
         chain = ("collar", "shoulder", "elbow", "wrist"), ("hip", "knee", "ankle")
         for joints in chain:

@@ -56,7 +56,7 @@ _KINDS = {
 }
 _KIND_OF = {
     **dict.fromkeys(("nose", "eye", "ear", "head", "head_top"), "head"),
-    **dict.fromkeys(("shoulder", "neck", "upper_neck", "thorax"), "shoulder"),
+    **dict.fromkeys(("shoulder", "neck", "upper_neck", "thorax", "jaw"), "shoulder"),
     **dict.fromkeys(("hip", "pelvis", "spine"), "hip"),
     **{kind: kind for kind in ("elbow", "wrist", "knee", "ankle")},
 }

@@ -17,7 +17,7 @@ from fasthyp.data.readers._dataset import (
     into_cells,
     projected,
 )
-from fasthyp.skeleton import COCO17_JOINTS, HMR24_JOINTS, OPENPOSE25_JOINTS, SMPL24_JOINTS
+from fasthyp.skeleton import COCO17_JOINTS, J24_JOINTS, OPENPOSE25_JOINTS, SMPL24_JOINTS
 
 _POSES = {"pose_cam": "shape", "body_pose": "betas", "pose": "shape"}
 _HAS = {"body_pose": "has_body_pose", "pose": "has_smpl"}
@@ -103,7 +103,7 @@ def hmr(
     else:
         found = [name for name in ("S", "extra_keypoints_3d") if name in arrays.names]
         if found:
-            names = HMR24_JOINTS[: arrays.shape(found[0])[1]]
+            names = J24_JOINTS[: arrays.shape(found[0])[1]]
     detectors = ("vitpose", "openpose", "body_keypoints_2d")
     detector = next((name for name in detectors if name in arrays.names), None)
     detected = {None: (), "vitpose": COCO17_JOINTS}.get(detector, OPENPOSE25_JOINTS)
@@ -195,8 +195,8 @@ class _Crops:
             return {}
         values = self.arrays.rows(name, rows).astype(np.float32)
         joints = np.where(values[..., 3:] > 0, values[..., :3], np.nan)
-        pelvis = HMR24_JOINTS.index("pelvis")
-        hips = [HMR24_JOINTS.index(f"{side}_hip") for side in ("left", "right")]
+        pelvis = J24_JOINTS.index("pelvis")
+        hips = [J24_JOINTS.index(f"{side}_hip") for side in ("left", "right")]
         middle, between = joints[:, [pelvis]], joints[:, hips].mean(1, keepdims=True)
         return {"joints_3d": joints - np.where(np.isfinite(middle), middle, between)}
 
