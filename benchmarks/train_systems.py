@@ -55,8 +55,8 @@ def regression_beside(config: Any, source: Any, folder: Path) -> Any:
         seed=config.seed,
         steps=config.steps,
         batch_size=config.batch_size,
-        validate_every=min(config.validate_every, config.steps),
-        validation_size=config.validation_size,
+        validate_every=min(RegressionRecipeConfig.validate_every, config.steps),
+        validation_size=256,
         width=256,
     )
     return trained(RegressionRecipe(plain, source), folder)
