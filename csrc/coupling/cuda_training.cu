@@ -2,7 +2,6 @@
 #include "coupling/cuda_training.h"
 
 #include <algorithm>
-#include <bit>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -11,46 +10,21 @@
 #include "common/cuda_device.h"
 #include "common/simt.h"
 #include "coupling/cuda_gradients.h"
+#include "coupling/plan.h"
 
 namespace fasthyp::coupling::cuda::training {
 namespace {
 
-constexpr int kMostWidth = 1 << 20;
-
 // Rows begin at multiples of 16 bytes, for copies of that size.
 constexpr int up4(int n) { return (n + 3) / 4 * 4; }
-
-class Reader {
- public:
-  explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
-  std::int64_t raw() {
-    if (at_ >= numbers_.size()) throw std::invalid_argument("flow plan: too short");
-    return numbers_[at_++];
-  }
-  int integer(const char* what, std::int64_t low, std::int64_t high) {
-    const std::int64_t v = raw();
-    if (v < low || v > high)
-      throw std::invalid_argument(std::string("flow plan: ") + what + " must be in [" +
-                                  std::to_string(low) + ", " + std::to_string(high) + "], got " +
-                                  std::to_string(v));
-    return static_cast<int>(v);
-  }
-  bool flag(const char* what) { return integer(what, 0, 1) != 0; }
-  float real() { return static_cast<float>(std::bit_cast<double>(raw())); }
-  bool done() const { return at_ == numbers_.size(); }
-
- private:
-  std::span<const std::int64_t> numbers_;
-  std::size_t at_ = 0;
-};
 
 class PlanParser {
  public:
   explicit PlanParser(std::span<const std::int64_t> numbers) : in_(numbers) {}
 
   Plan plan() {
-    plan_.dim = in_.integer("dim", 1, kMostWidth);
-    plan_.cond_dim = in_.integer("cond_dim", 0, kMostWidth);
+    plan_.dim = in_.integer("dim", 1, kMaxWidth);
+    plan_.cond_dim = in_.integer("cond_dim", 0, kMaxWidth);
     in_.integer("element", 0, 0);
     in_.integer("lanes", 1, 64);
     const int steps = in_.integer("number of steps", 0, 1 << 16);
@@ -72,10 +46,9 @@ class PlanParser {
     for (int i = 0; i < count; ++i) plan_.slots.push_back(in_.integer("slot", 0, plan_.dim - 1));
     return at;
   }
+  // The slots from there on.
   bool distinct(int from) const {
-    std::vector<int> v(plan_.slots.begin() + from, plan_.slots.end());
-    std::sort(v.begin(), v.end());
-    return std::adjacent_find(v.begin(), v.end()) == v.end();
+    return coupling::distinct({plan_.slots.begin() + from, plan_.slots.end()});
   }
   int tensor(std::int64_t rows, std::int64_t columns = 1) {
     plan_.counts.push_back(rows * columns);
@@ -88,7 +61,7 @@ class PlanParser {
     c.passive = in_.integer("passive count", 0, plan_.dim);
     c.kind = in_.integer("kind", 0, 2);
     c.clamp_kind = in_.integer("clamp activation", 0, 5);
-    c.clamp = in_.real();
+    c.clamp = static_cast<float>(in_.real());
     const bool additive = c.kind == static_cast<int>(Kind::additive);
     const int nets = in_.integer("nets", 1, additive ? 1 : 2);
     c.active_at = slots(c.active);
@@ -106,12 +79,12 @@ class PlanParser {
     n.raw_at = raw_at;
     const int layers = in_.integer("layers", 1, 64);
     n.activation = in_.integer("activation", 0, 5);
-    n.slope = in_.real();
+    n.slope = static_cast<float>(in_.real());
     int kept = 0;
     for (int l = 0; l < layers; ++l) {
       Dense d{};
       d.in = width;
-      d.out = in_.integer("layer outputs", 1, kMostWidth);
+      d.out = in_.integer("layer outputs", 1, kMaxWidth);
       const bool has_cond = plan_.cond_dim > 0;
       const bool cond = in_.integer("reads condition", 0, l == 0 && has_cond) != 0;
       const bool gate = in_.integer("gate", 0, has_cond) != 0;
@@ -151,7 +124,7 @@ class PlanParser {
     return l;
   }
 
-  Reader in_;
+  PlanReader in_;
   Plan plan_{};
 };
 
