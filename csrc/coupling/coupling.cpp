@@ -11,6 +11,7 @@
 
 #include "common/cpu_features.h"
 #include "common/thread_pool.h"
+#include "coupling/plan.h"
 
 namespace fasthyp {
 
@@ -24,42 +25,6 @@ std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / t
 
 std::size_t element_size(Element e) { return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2; }
 std::size_t state_size(Element e) { return e == Element::f64 ? 8 : 4; }
-
-class Reader {
- public:
-  explicit Reader(std::span<const std::int64_t> numbers) : numbers_(numbers) {}
-  std::int64_t raw() {
-    if (at_ >= numbers_.size()) throw std::invalid_argument("flow plan: too short");
-    return numbers_[at_++];
-  }
-  int integer(const char* what, std::int64_t low, std::int64_t high) {
-    const std::int64_t v = raw();
-    if (v < low || v > high)
-      throw std::invalid_argument(std::string("flow plan: ") + what + " must be in [" +
-                                  std::to_string(low) + ", " + std::to_string(high) + "], got " +
-                                  std::to_string(v));
-    return static_cast<int>(v);
-  }
-  bool flag(const char* what) { return integer(what, 0, 1) != 0; }
-  double real() { return std::bit_cast<double>(raw()); }
-  std::vector<int> slots(const char* what, int count, int dim) {
-    std::vector<int> v(count);
-    for (int& s : v) s = integer(what, 0, dim - 1);
-    return v;
-  }
-  bool done() const { return at_ == numbers_.size(); }
-
- private:
-  std::span<const std::int64_t> numbers_;
-  std::size_t at_ = 0;
-};
-
-constexpr int kMaxWidth = 1 << 20;
-
-bool distinct(std::vector<int> v) {
-  std::sort(v.begin(), v.end());
-  return std::adjacent_find(v.begin(), v.end()) == v.end();
-}
 
 // The first place at which `part` stands in `whole` as one piece; -1: nowhere.
 int find(const std::vector<int>& whole, const std::vector<int>& part) {
@@ -269,7 +234,7 @@ class PlanParser {
   }
   static void widen(int& width, int needed) { width = std::max(width, needed); }
 
-  Reader in_;
+  PlanReader in_;
   Flow flow_{};
   std::int64_t offset_ = 0;
 };

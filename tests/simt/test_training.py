@@ -26,7 +26,8 @@ PRECISIONS = {"highest": 0, "high": 1}
 
 @pytest.fixture(scope="session")
 def training(programs: Path, emulation: Path) -> Path:
-    names = ("cuda_training.cu", "cuda_gemm.cu", "cuda_elementwise.cu")
+    parts = ("", "_gradient", "_layout", "_plan")
+    names = ("cuda_gemm.cu", "cuda_elementwise.cu", *(f"cuda_training{part}.cu" for part in parts))
     return build_kernels(programs / "training", emulation, *(f"coupling/{n}" for n in names))
 
 

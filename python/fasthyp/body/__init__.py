@@ -2,6 +2,7 @@
 
 from fasthyp.body.anny_body import AnnyBody, from_anny
 from fasthyp.body.arrays import BodyArrays, body_arrays, export_safetensors
+from fasthyp.body.cameras import Camera, humr_camera, prohmr_camera, project, weak_perspective
 from fasthyp.body.errors import ModelFileError
 from fasthyp.body.files import load_arrays, save_arrays
 from fasthyp.body.linear import LinearBody
@@ -9,19 +10,16 @@ from fasthyp.body.meshes import vertex_spread, write_mesh
 from fasthyp.body.outputs import BodyOutput, SMPLHOutput, SMPLOutput, SMPLXOutput
 from fasthyp.body.regressors import VertexMapping, load_regressor, load_smplx_to_smpl
 from fasthyp.body.skinning import (
-    Camera,
     FoldedJoints,
     SkinningModel,
     fold_joints,
-    humr_camera,
     lbs,
-    prohmr_camera,
-    project,
     project_joints,
     regress_joints,
-    weak_perspective,
 )
-from fasthyp.body.smpl import SMPL, SMPLH, SMPLX
+from fasthyp.body.smpl import SMPL
+from fasthyp.body.smplh import SMPLH
+from fasthyp.body.smplx import SMPLX
 from fasthyp.body.star import STAR
 from fasthyp.body.stick import (
     STICK_POINTS,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fasthyp.body.arrays import BodyArrays
+from fasthyp.body.cameras import Camera
 from fasthyp.body.linear import LinearBody
 from fasthyp.body.outputs import BodyOutput
 from fasthyp.body.rotations import form_of, to_matrices
-from fasthyp.body.skinning import Camera, Rotation, project_joints, regress_joints
+from fasthyp.body.skinning import Rotation, project_joints, regress_joints
 from fasthyp.skeleton import COCO17_JOINTS, H36M17_JOINTS
 
 # Bones at whose heads Human3.6M's joints lie that COCO lacks.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.body.arrays import BodyArrays, body_arrays
+from fasthyp.body.cameras import Camera
 from fasthyp.body.outputs import BodyOutput
 from fasthyp.body.rotations import form_of, in_form
 from fasthyp.body.skinning import (
-    Camera,
     Rotation,
     SkinningModel,
     fold_joints,

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fasthyp._tensors import check_shape
+from fasthyp.body.cameras import Camera
 from fasthyp.ops import skinning as ops
 from fasthyp.ops.skinning import Points
 from fasthyp.reference import skinning as reference
@@ -298,8 +300,8 @@ def project_joints(
 ) -> tuple[Tensor, Tensor]:
     """Joints in the image (B, K, 2) and in space (B, K, 3), in one pass and without vertices.
 
-    The same numbers as :func:`regress_joints` and then :func:`project` or
-    :func:`weak_perspective`, with gradients by the camera too.
+    The same numbers as :func:`regress_joints` and then :func:`~fasthyp.body.project` or
+    :func:`~fasthyp.body.weak_perspective`, with gradients by the camera too.
 
     Args:
         camera: one for all bodies or one for each.
@@ -319,186 +321,10 @@ def project_joints(
     return points, joints
 
 
-# --- cameras ---
-
-
-@dataclass(frozen=True, eq=False)
-class Camera:
-    """Cameras of :func:`project_joints`, made by one of the methods below.
-
-    Attributes:
-        numbers: (B, 3), scale and shift of the weak perspective, or (B, 7), translation, focal
-            lengths and centre of the perspective.
-    """
-
-    numbers: Tensor
-
-    def __call__(self, joints: Tensor) -> Tensor:
-        """Joints (B, N, 3) in the image, (B, N, 2)."""
-        _check_shape("joints", joints, (None, None, 3))
-        return reference.project(joints, self.numbers)
-
-    @classmethod
-    def weak(cls, camera: Tensor) -> Camera:
-        """:func:`weak_perspective`'s, (s, t_x, t_y) (B, 3)."""
-        _check_shape("camera", camera, (None, 3))
-        return cls(camera)
-
-    @classmethod
-    def perspective(
-        cls,
-        translation: Tensor,
-        focal_length: Tensor | float,
-        camera_center: Tensor | None = None,
-    ) -> Camera:
-        """:func:`project`'s, with its arguments."""
-        _check_shape("translation", translation, (None, 3))
-        rows = len(translation)
-        focal = torch.as_tensor(focal_length, dtype=translation.dtype, device=translation.device)
-        if focal.ndim == 1:
-            focal = focal[:, None]
-        center = translation.new_zeros(2) if camera_center is None else camera_center
-        parts = translation, focal.expand(rows, 2), center.expand(rows, 2)
-        return cls(torch.cat(parts, 1))
-
-    @classmethod
-    def prohmr(
-        cls, camera: Tensor, focal_length: float = 5000.0, image_size: float = 224.0
-    ) -> Camera:
-        """ProHMR's: :func:`prohmr_camera`, and results in sides of the image from its middle."""
-        translation = prohmr_camera(camera, focal_length, image_size)
-        return cls.perspective(translation, focal_length / image_size)
-
-    @classmethod
-    def humr(
-        cls,
-        camera: Tensor,
-        bbox_height: Tensor,
-        bbox_center: Tensor,
-        image_width: Tensor | float,
-        image_height: Tensor | float,
-        focal_length: Tensor | float,
-    ) -> Camera:
-        """HUMR's: :func:`humr_camera` with its arguments, and results in pixels of the image."""
-        translation = humr_camera(
-            camera, bbox_height, bbox_center, image_width, image_height, focal_length
-        )
-        middle = [
-            torch.as_tensor(side, dtype=camera.dtype, device=camera.device).expand(len(camera)) / 2
-            for side in (image_width, image_height)
-        ]
-        return cls.perspective(translation, focal_length, torch.stack(middle, 1))
-
-
-def project(
-    joints: Tensor,
-    translation: Tensor,
-    focal_length: Tensor | float,
-    camera_center: Tensor | None = None,
-) -> Tensor:
-    """Perspective projection ``f (X / Z) + c`` of joints (B, N, 3) moved by ``translation``.
-
-    Args:
-        translation: (B, 3) metres, from :func:`humr_camera`, :func:`prohmr_camera` or elsewhere.
-        focal_length: a number, (B) or (B, 2), in the unit of the result: pixels, or for ProHMR's
-            normalised image 5000 / 224.
-        camera_center: (2) or (B, 2); zero unless given.
-
-    Returns:
-        (B, N, 2); not finite for a point in the plane of the camera.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    _check_shape("joints", joints, (None, None, 3))
-    _check_shape("translation", translation, (None, 3))
-    moved = joints + translation[:, None]
-    focal = torch.as_tensor(focal_length, dtype=joints.dtype, device=joints.device)
-    if focal.ndim == 1:
-        focal = focal[:, None]
-    if focal.ndim > 0:
-        focal = focal[:, None]
-    points = focal * moved[..., :2] / moved[..., 2:]
-    if camera_center is None:
-        return points
-    return points + (camera_center[:, None] if camera_center.ndim == 2 else camera_center)
-
-
-def weak_perspective(joints: Tensor, camera: Tensor) -> Tensor:
-    """``s (X + t)`` of joints (B, N, 3) for cameras (s, t_x, t_y) (B, 3): HMR's, in the unit of
-    half the side of the crop.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    _check_shape("joints", joints, (None, None, 3))
-    _check_shape("camera", camera, (None, 3))
-    return camera[:, None, :1] * (joints[..., :2] + camera[:, None, 1:])
-
-
-def prohmr_camera(
-    camera: Tensor, focal_length: float = 5000.0, image_size: float = 224.0
-) -> Tensor:
-    """The translation (B, 3) of ProHMR's weak-perspective cameras (s, t_x, t_y) (B, 3): the depth
-    is 2 f / (image_size s + 1e-9).
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    _check_shape("camera", camera, (None, 3))
-    scale, x, y = camera.unbind(-1)
-    return torch.stack([x, y, 2 * focal_length / (image_size * scale + 1e-9)], -1)
-
-
-def humr_camera(
-    camera: Tensor,
-    bbox_height: Tensor,
-    bbox_center: Tensor,
-    image_width: Tensor | float,
-    image_height: Tensor | float,
-    focal_length: Tensor | float,
-) -> Tensor:
-    """The translation (B, 3) in the whole image of HUMR's cameras (s, t_x, t_y) (B, 3), which see
-    a square crop.
-
-    Args:
-        bbox_height: (B) side of the crop in pixels.
-        bbox_center: (B, 2) its middle in pixels.
-        image_width, image_height, focal_length: (B) or numbers, in pixels.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
-    """
-    _check_shape("camera", camera, (None, 3))
-    _check_shape("bbox_height", bbox_height, (None,))
-    _check_shape("bbox_center", bbox_center, (None, 2))
-    scale, x, y = camera.unbind(-1)
-    side = scale * bbox_height
-    return torch.stack(
-        [
-            x + 2 * (bbox_center[:, 0] - image_width / 2) / side,
-            y + 2 * (bbox_center[:, 1] - image_height / 2) / side,
-            2 * focal_length / side,
-        ],
-        -1,
-    )
-
-
 # --- folding ---
 
 _ARRAYS = ("v_template", "shapedirs", "posedirs", "J_regressor", "parents", "lbs_weights")
 _REMEMBERED = 4
-
-
-def _check_shape(name: str, value: Tensor, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    fits = len(shape) == value.ndim and all(
-        want in (None, size) for want, size in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape ({wanted}), got {tuple(value.shape)}")
 
 
 def _check_model(
@@ -511,21 +337,21 @@ def _check_model(
 ) -> None:
     if isinstance(v_template, Tensor) and v_template.ndim == 3 and v_template.shape[0] == 1:
         v_template = v_template[0]
-    _check_shape("v_template", v_template, (None, 3))
+    check_shape("v_template", v_template, (None, 3))
     if v_template.dtype not in ops.DTYPES:
         raise TypeError(f"v_template: expected float32 or float64, got {v_template.dtype}")
     count = v_template.shape[0]
-    _check_shape("parents", parents, (None,))
+    check_shape("parents", parents, (None,))
     if parents.is_floating_point() or parents.is_complex() or parents.dtype == torch.bool:
         raise TypeError(f"parents: expected integers, got {parents.dtype}")
     joints = parents.numel()
     if joints < 1:
         raise ValueError("parents: expected at least one joint, got none")
-    _check_shape("shapedirs", shapedirs, (count, 3, None))
+    check_shape("shapedirs", shapedirs, (count, 3, None))
     if posedirs is not None and posedirs.shape[:1] != (0,):
-        _check_shape("posedirs", posedirs, (9 * (joints - 1), 3 * count))
-    _check_shape("J_regressor", J_regressor, (joints, count))
-    _check_shape("lbs_weights", lbs_weights, (count, joints))
+        check_shape("posedirs", posedirs, (9 * (joints - 1), 3 * count))
+    check_shape("J_regressor", J_regressor, (joints, count))
+    check_shape("lbs_weights", lbs_weights, (count, joints))
     for name, value in (
         ("shapedirs", shapedirs),
         ("posedirs", posedirs),

@@ -1,8 +1,7 @@
-"""SMPL, SMPL+H and SMPL-X: parameters, poses by parts, and the joints of each.
+"""SMPL (Loper et al., SIGGRAPH Asia 2015): parameters, poses by parts, and the joints of a call.
 
-Sources: Loper et al., "SMPL", SIGGRAPH Asia 2015; Romero et al., "Embodied Hands", SIGGRAPH Asia
-2017; Pavlakos et al., "Expressive Body Capture", CVPR 2019. Calls, defaults, buffers and the order
-of joints are those of the ``smplx`` package.
+Calls, defaults, buffers and the order of joints are those of the ``smplx`` package, here and in the
+models made from this one (:mod:`~fasthyp.body.smplh`, :mod:`~fasthyp.body.smplx`).
 """
 
 from __future__ import annotations
@@ -17,17 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fasthyp.body.arrays import BodyArrays, body_arrays, checked, find_model_file
+from fasthyp.body.cameras import Camera
 from fasthyp.body.files import load_arrays
-from fasthyp.body.landmarks import contour_entry, on_faces
 from fasthyp.body.linear import LinearBody, broadcast
-from fasthyp.body.outputs import SMPLHOutput, SMPLOutput, SMPLXOutput
-from fasthyp.body.rotations import form_of, in_form, to_matrices
-from fasthyp.body.skinning import Camera, Rotation, project_joints, regress_joints
+from fasthyp.body.outputs import SMPLOutput
+from fasthyp.body.rotations import form_of, in_form
+from fasthyp.body.skinning import Rotation, project_joints, regress_joints
 from fasthyp.body.vertex_joints import VERTEX_IDS, VertexJointSelector
-
-_HAND = 15
-_SHAPE_SPACE, _EXPRESSION_SPACE = 300, 100
-_HANDS = ("left_hand_pose", "right_hand_pose")
 
 
 class SMPL(LinearBody):
@@ -60,7 +55,7 @@ class SMPL(LinearBody):
 
     NUM_BODY_JOINTS = 23
     NUM_JOINTS = 23
-    SHAPE_SPACE_DIM = _SHAPE_SPACE
+    SHAPE_SPACE_DIM = 300
     _STEM, _MESH = "SMPL", "smplh"
     _PARTS: tuple[tuple[str, int], ...] = (("global_orient", 1), ("body_pose", 23))
     _output: Any = SMPLOutput
@@ -227,7 +222,7 @@ class SMPL(LinearBody):
             TypeError, ValueError: an argument of another name, type or shape.
         """
         parts = {"global_orient": global_orient, "body_pose": body_pose}
-        _no_others(others)
+        self._no_others(others)
         mesh, form = return_verts and vertices, form_of(rotation, pose2rot)
         return self._run(parts, betas, None, transl, mesh, return_full_pose, form)
 
@@ -305,7 +300,7 @@ class SMPL(LinearBody):
         self, parts: dict[str, Tensor | None], global_orient: Any, body_pose: Any
     ) -> dict[str, Tensor | None]:
         known = {name for name, _ in self._PARTS}
-        _no_others({name: value for name, value in parts.items() if name not in known})
+        self._no_others({name: value for name, value in parts.items() if name not in known})
         return {**parts, "global_orient": global_orient, "body_pose": body_pose}
 
     def _run(
@@ -419,346 +414,14 @@ class SMPL(LinearBody):
     def _with_mean(self, pose: Tensor) -> Tensor:
         return pose
 
-
-class SMPLH(SMPL):
-    """SMPL with articulated hands: 6890 vertices, 52 joints.
-
-    Args, beyond those of :class:`SMPL`:
-        create_left_hand_pose, left_hand_pose, and the right ones: as for the other parts.
-        use_pca: whether hand poses are principal components; otherwise axis angles (B, 45).
-        num_pca_comps: how many of them.
-        flat_hand_mean: whether a zero hand pose is the flat hand, not the mean of the data.
-    """
-
-    NUM_BODY_JOINTS = 21
-    NUM_HAND_JOINTS = _HAND
-    NUM_JOINTS = NUM_BODY_JOINTS + 2 * _HAND
-    _STEM = "SMPLH"
-    _PARTS: tuple[tuple[str, int], ...] = (
-        ("global_orient", 1),
-        ("body_pose", 21),
-        ("left_hand_pose", _HAND),
-        ("right_hand_pose", _HAND),
-    )
-    _output: Any = SMPLHOutput
-
-    left_hand_components: Tensor
-    right_hand_components: Tensor
-    left_hand_mean: Tensor
-    right_hand_mean: Tensor
-    pose_mean: Tensor
-
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str] | Mapping[str, Any],
-        create_left_hand_pose: bool = True,
-        left_hand_pose: Tensor | None = None,
-        create_right_hand_pose: bool = True,
-        right_hand_pose: Tensor | None = None,
-        use_pca: bool = True,
-        num_pca_comps: int = 6,
-        flat_hand_mean: bool = False,
-        **settings: Any,
-    ) -> None:
-        if not 0 < num_pca_comps <= 3 * _HAND:
-            raise ValueError(f"num_pca_comps: expected 1 to {3 * _HAND}, got {num_pca_comps}")
-        self.use_pca, self.num_pca_comps = use_pca, num_pca_comps
-        self.flat_hand_mean = flat_hand_mean
-        self._hands = (
-            (create_left_hand_pose, left_hand_pose),
-            (create_right_hand_pose, right_hand_pose),
-        )
-        super().__init__(model_path, **settings)
-        del self._hands
-
-    def _finish(self, arrays: BodyArrays) -> None:
-        for side, (create, value) in zip(("left", "right"), self._hands, strict=True):
-            components = arrays.extra(f"hands_components{side[0]}", None, 3 * _HAND)
-            mean = arrays.extra(f"hands_mean{side[0]}", 3 * _HAND)
-            count = min(self.num_pca_comps, len(components))
-            if self.use_pca:
-                kept = torch.tensor(components[:count], dtype=self.dtype)
-                self.register_buffer(f"{side}_hand_components", kept)
-            mean = np.zeros_like(mean) if self.flat_hand_mean else mean
-            self.register_buffer(f"{side}_hand_mean", torch.tensor(mean, dtype=self.dtype))
-            width = count if self.use_pca else 3 * _HAND
-            self._own(f"{side}_hand_pose", create, value, width)
-        before = 3 * sum(joints for name, joints in self._PARTS if name not in _HANDS)
-        still = torch.zeros(before, dtype=self.dtype)
-        self.register_buffer(
-            "pose_mean", torch.cat([still, self.left_hand_mean, self.right_hand_mean])
-        )
-
-    def name(self) -> str:
-        return "SMPL+H"
-
-    def _reported(self) -> tuple[str, ...]:
-        return (*super()._reported(), *_HANDS)
-
-    def _with_mean(self, pose: Tensor) -> Tensor:
-        return pose + self.pose_mean
-
-    def _part(
-        self, name: str, joints: int, value: Tensor | None, form: Rotation
-    ) -> tuple[Tensor | None, Tensor]:
-        if name not in _HANDS or (value is not None and form != "axis_angle"):
-            return super()._part(name, joints, value, form)
-        value = getattr(self, name, None) if value is None else value
-        side = name.removesuffix("_pose")
-        if value is None:
-            angles = self._rest(joints, "axis_angle")
-            if form != "axis_angle":  # without parameters: the flat hand, as smplx's layers
-                return super()._part(name, joints, value, form)
-        elif self.use_pca:
-            components = getattr(self, f"{side}_components")
-            angles = self._rows(name, value, len(components)) @ components
-        else:
-            angles = self._rotations(name, value, joints, "axis_angle")
-        if form == "axis_angle":
-            return angles, angles
-        turned = in_form(angles + getattr(self, f"{side}_mean"), form)
-        return turned, turned
-
-    def forward(  # type: ignore[override]
-        self,
-        betas: Tensor | None = None,
-        global_orient: Tensor | None = None,
-        body_pose: Tensor | None = None,
-        left_hand_pose: Tensor | None = None,
-        right_hand_pose: Tensor | None = None,
-        transl: Tensor | None = None,
-        return_verts: bool = True,
-        return_full_pose: bool = False,
-        pose2rot: bool = True,
-        vertices: bool = True,
-        rotation: Rotation | None = None,
-        **others: Any,
-    ) -> Any:
-        """Pose bodies, as :meth:`SMPL.forward`.
-
-        Args, beyond those:
-            body_pose: (B, 63) rad, or (B, 21, 3, 3).
-            left_hand_pose, right_hand_pose: (B, number of components), or (B, 45) rad without
-                them; with ``pose2rot=False`` matrices (B, 15, 3, 3), to which no mean is added.
-
-        Returns:
-            :class:`~fasthyp.body.outputs.SMPLHOutput`, joints (B, 73, 3).
-        """
-        parts = {
-            "global_orient": global_orient,
-            "body_pose": body_pose,
-            "left_hand_pose": left_hand_pose,
-            "right_hand_pose": right_hand_pose,
-        }
-        _no_others(others)
-        mesh, form = return_verts and vertices, form_of(rotation, pose2rot)
-        return self._run(parts, betas, None, transl, mesh, return_full_pose, form)
-
-
-class SMPLX(SMPLH):
-    """SMPL-X, body, hands and face: 10475 vertices, 55 joints.
-
-    Args, beyond those of :class:`SMPLH`:
-        num_expression_coeffs: number of expression coefficients, at most those in the file.
-        create_expression, expression, create_jaw_pose, jaw_pose, and the same for ``leye_pose`` and
-            ``reye_pose``: as for the other parts.
-        use_face_contour: whether to append the 17 landmarks of the contour, which depend on the
-            turn of the neck; a call then always computes the mesh.
-    """
-
-    NUM_FACE_JOINTS = 3
-    NUM_JOINTS = SMPLH.NUM_JOINTS + 3
-    EXPRESSION_SPACE_DIM = _EXPRESSION_SPACE
-    NECK_IDX = 12
-    _STEM, _MESH = "SMPLX", "smplx"
-    _PARTS = (
-        ("global_orient", 1),
-        ("body_pose", 21),
-        *((f"{name}_pose", 1) for name in ("jaw", "leye", "reye")),
-        ("left_hand_pose", _HAND),
-        ("right_hand_pose", _HAND),
-    )
-    _output: Any = SMPLXOutput
-
-    expr_dirs: Tensor
-    lmk_faces_idx: Tensor
-    lmk_bary_coords: Tensor
-    dynamic_lmk_faces_idx: Tensor
-    dynamic_lmk_bary_coords: Tensor
-    neck_kin_chain: Tensor
-
-    def __init__(
-        self,
-        model_path: str | os.PathLike[str] | Mapping[str, Any],
-        num_expression_coeffs: int = 10,
-        create_expression: bool = True,
-        expression: Tensor | None = None,
-        create_jaw_pose: bool = True,
-        jaw_pose: Tensor | None = None,
-        create_leye_pose: bool = True,
-        leye_pose: Tensor | None = None,
-        create_reye_pose: bool = True,
-        reye_pose: Tensor | None = None,
-        use_face_contour: bool = False,
-        **settings: Any,
-    ) -> None:
-        if num_expression_coeffs < 0:
-            raise ValueError(
-                f"num_expression_coeffs: expected none or more, got {num_expression_coeffs}"
-            )
-        self.use_face_contour = use_face_contour
-        self._num_expression = num_expression_coeffs
-        self._face = {
-            "jaw_pose": (create_jaw_pose, jaw_pose),
-            "leye_pose": (create_leye_pose, leye_pose),
-            "reye_pose": (create_reye_pose, reye_pose),
-            "expression": (create_expression, expression),
-        }
-        super().__init__(model_path, **settings)
-        del self._face
-
-    def _full_space(self, arrays: BodyArrays) -> bool:
-        """Whether the file has 300 shapes and 100 expressions; the first files had 10 of each."""
-        return arrays.shapedirs.shape[2] >= _SHAPE_SPACE + _EXPRESSION_SPACE
-
-    def _shapes_in(self, arrays: BodyArrays) -> int:
-        return _SHAPE_SPACE if self._full_space(arrays) else min(10, arrays.shapedirs.shape[2])
-
-    def _finish(self, arrays: BodyArrays) -> None:
-        super()._finish(arrays)
-        first, most = (
-            (_SHAPE_SPACE, _EXPRESSION_SPACE)
-            if len(self._raw_shapedirs[0, 0]) >= _SHAPE_SPACE + _EXPRESSION_SPACE
-            else (10, 10)
-        )
-        count = min(self._num_expression, most)
-        directions = self._raw_shapedirs[:, :, first : first + count]
-        self.register_buffer("expr_dirs", self._buffer(directions))
-        del self._num_expression
-        self._landmarks(arrays, "lmk")
-        if self.use_face_contour:
-            self._landmarks(arrays, "dynamic_lmk", 79)
-            chain = [self.NECK_IDX]
-            while arrays.parents[chain[-1]] >= 0:
-                chain.append(int(arrays.parents[chain[-1]]))
-            self.register_buffer("neck_kin_chain", torch.tensor(chain))
-        widths = {"expression": self.num_expression_coeffs}
-        for name, (create, value) in self._face.items():
-            self._own(name, create, value, widths.get(name, 3))
-
-    def _landmarks(self, arrays: BodyArrays, prefix: str, *entries: int) -> None:
-        faces = arrays.extra(f"{prefix}_faces_idx", *entries, None)
-        weights = arrays.extra(f"{prefix}_bary_coords", *faces.shape, 3)
-        if faces.size and not (faces.min() >= 0 and faces.max() < len(arrays.faces)):
-            raise ValueError(
-                f"{arrays.source}: {prefix}_faces_idx: names a face outside 0 to "
-                f"{len(arrays.faces) - 1}"
-            )
-        self.register_buffer(f"{prefix}_faces_idx", torch.tensor(faces, dtype=torch.long))
-        self.register_buffer(f"{prefix}_bary_coords", torch.tensor(weights, dtype=self.dtype))
-
-    def name(self) -> str:
-        return "SMPL-X"
-
-    @property
-    def num_expression_coeffs(self) -> int:
-        """Number of expression coefficients."""
-        return self.expr_dirs.shape[2]
-
-    def _reported(self) -> tuple[str, ...]:
-        return (*super()._reported(), "jaw_pose", *(["expression"] if self._expressive() else []))
-
-    def _expressive(self) -> bool:
-        return self.num_expression_coeffs > 0
-
-    def _needs_mesh(self) -> bool:
-        # a mapper of SMPL-X is called with the vertices too
-        return self.use_face_contour or self.joint_mapper is not None
-
-    def _mapped(self, joints: Tensor, vertices: Tensor | None) -> Tensor:
-        assert self.joint_mapper is not None
-        return self.joint_mapper(joints=joints, vertices=vertices)
-
-    def _all_shapedirs(self) -> Tensor:
-        parts = (self.shapedirs, self.expr_dirs)
-        return self._cached(("shapedirs",), parts, lambda: torch.cat(parts, 2))
-
-    def _appended(self, vertices: Tensor, joints: Tensor, pose: Tensor, form: Rotation) -> Tensor:
-        joints = super()._appended(vertices, joints, pose, form)
-        faces = self.faces_tensor
-        found = [on_faces(vertices, faces, self.lmk_faces_idx, self.lmk_bary_coords)]
-        if self.use_face_contour:
-            entry = contour_entry(to_matrices(pose, form), self.neck_kin_chain)
-            face, weight = self.dynamic_lmk_faces_idx[entry], self.dynamic_lmk_bary_coords[entry]
-            found.append(on_faces(vertices, faces, face, weight))
-        return torch.cat([joints, *found], 1)
-
-    def _point_buffers(self) -> tuple[Tensor, ...]:
-        return (
-            *super()._point_buffers(),
-            self.faces_tensor,
-            self.lmk_faces_idx,
-            self.lmk_bary_coords,
-        )
-
-    def _points_on_vertices(self) -> tuple[Tensor, Tensor]:
-        chosen, ones = super()._points_on_vertices()
-        # a selected vertex is three times the same one, with the whole weight on the first
-        corners = torch.cat([chosen.expand(-1, 3), self.faces_tensor[self.lmk_faces_idx]])
-        weights = torch.cat([nn.functional.pad(ones, (0, 2)), self.lmk_bary_coords])
-        return corners, weights
-
-    def forward(  # type: ignore[override]
-        self,
-        betas: Tensor | None = None,
-        global_orient: Tensor | None = None,
-        body_pose: Tensor | None = None,
-        left_hand_pose: Tensor | None = None,
-        right_hand_pose: Tensor | None = None,
-        transl: Tensor | None = None,
-        expression: Tensor | None = None,
-        jaw_pose: Tensor | None = None,
-        leye_pose: Tensor | None = None,
-        reye_pose: Tensor | None = None,
-        return_verts: bool = True,
-        return_full_pose: bool = False,
-        pose2rot: bool = True,
-        return_shaped: bool = True,
-        vertices: bool = True,
-        rotation: Rotation | None = None,
-        **others: Any,
-    ) -> Any:
-        """Pose bodies, as :meth:`SMPLH.forward`.
-
-        Args, beyond those:
-            expression: (B, E).
-            jaw_pose, leye_pose, reye_pose: (B, 3) rad, or (B, 1, 3, 3).
-            return_shaped: whether the output has the rest vertices (where it has vertices).
-
-        Returns:
-            :class:`~fasthyp.body.outputs.SMPLXOutput`, joints (B, 127, 3): the 55 of the skeleton,
-            the 21 appended, and 51 landmarks of the face (and 17 of its contour).
-        """
-        parts = {
-            "global_orient": global_orient,
-            "body_pose": body_pose,
-            "jaw_pose": jaw_pose,
-            "leye_pose": leye_pose,
-            "reye_pose": reye_pose,
-            "left_hand_pose": left_hand_pose,
-            "right_hand_pose": right_hand_pose,
-        }
-        _no_others(others)
-        return self._run(
-            parts,
-            betas,
-            expression,
-            transl,
-            return_verts and vertices,
-            return_full_pose,
-            form_of(rotation, pose2rot),
-            return_shaped and vertices,
-        )
+    @staticmethod
+    def _no_others(others: Mapping[str, Any]) -> None:
+        # get_skin is an old argument of smplx that research code still passes
+        unknown = [
+            name for name, value in others.items() if name != "get_skin" and value is not None
+        ]
+        if unknown:
+            raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
 
 
 def _with_kid(
@@ -772,10 +435,3 @@ def _with_kid(
     step = kid - kid.mean(0) - arrays.v_template
     arrays.shapedirs = np.concatenate([arrays.shapedirs[:, :, :num_betas], step[:, :, None]], 2)
     return arrays, num_betas + 1
-
-
-def _no_others(others: Mapping[str, Any]) -> None:
-    # get_skin is an old argument of smplx that research code still passes
-    unknown = [name for name, value in others.items() if name != "get_skin" and value is not None]
-    if unknown:
-        raise TypeError(f"unexpected arguments: {', '.join(unknown)}")
