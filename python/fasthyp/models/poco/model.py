@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthyp.body import humr_camera, prohmr_camera, project
 from fasthyp.body.joint_maps import SMPL24_JOINTS
-from fasthyp.body.skinning import humr_camera, prohmr_camera, project
 from fasthyp.data.persons import PersonBatch
 from fasthyp.metrics.uncertainty import SMPL_PARENTS, body_uncertainty, kinematic_uncertainty
 from fasthyp.models._official import Checkpoint
