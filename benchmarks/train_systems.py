@@ -92,6 +92,7 @@ def main() -> None:
     if options.steps is not None:
         config = replace(config, steps=options.steps)
     source = kind.make_source(config, options.data)
+    new = not (options.runs / options.system / "last.ckpt").exists()
     started = time.process_time()
     model = trained(kind(config, source), options.runs / options.system)
     seconds = time.process_time() - started
@@ -103,7 +104,7 @@ def main() -> None:
             **machine(),
             "command": f"python train_systems.py {options.system} --steps {config.steps}",
         },
-        "processor_seconds": round(seconds),
+        "processor_seconds": round(seconds) if new else None,
         "config": asdict(config),
         "curve": curve(options.runs / options.system),
         "test": evaluate(model, persons, options.samples),
