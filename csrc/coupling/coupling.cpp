@@ -21,7 +21,6 @@ namespace coupling {
 namespace {
 
 constexpr std::int64_t kAlign = 64;
-std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
 
 std::size_t element_size(Element e) { return e == Element::f64 ? 8 : e == Element::f32 ? 4 : 2; }
 std::size_t state_size(Element e) { return e == Element::f64 ? 8 : 4; }

@@ -223,6 +223,8 @@ struct Share {
   }
 };
 
+inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+
 // One cache line of padding keeps rows of a power-of-two width out of the same cache sets.
 inline std::ptrdiff_t padded_stride(std::ptrdiff_t width, std::size_t number_bytes) {
   const auto line = static_cast<std::ptrdiff_t>(64 / number_bytes);
