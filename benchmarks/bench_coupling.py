@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
-import FrEIA.framework as Ff
-import FrEIA.modules as Fm
 import numpy as np
 import torch
 from _timing import gemm_rate, interleaved, report
 from torch import Tensor, nn
 
 import fasthyp
+from fasthyp._peers import freia_flow, hoisted_flop
 from fasthyp.flows.program import ResidualBlock, ResidualMLP
 from fasthyp.ops import coupling as ops
 from fasthyp.reference.coupling import CouplingLayer, LinearLayer, LinearMap
@@ -37,35 +35,6 @@ WORKLOADS = (
     ("48-d, 2-layer 1024, 1 hypothesis, again and again", 48, 56, (1024,), 1, 20),
     ("48-d, 2-layer 1024, 1 hypothesis, weights not in cache", 48, 56, (1024,), 1, 1),
 )
-BLOCKS = 8
-
-
-def build(
-    dim: int, cond: int, hidden: tuple[int, ...], blocks: int = BLOCKS, clamp: float = 2.0
-) -> Ff.GraphINN:
-    """The chain that the published models use: 8 x (GLOW coupling, permutation), clamp 2."""
-
-    def subnet(inputs: int, outputs: int) -> nn.Module:
-        layers: list[nn.Module] = []
-        for width in hidden:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
-            inputs = width
-        return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-    torch.manual_seed(0)
-    nodes: list[Any] = [Ff.InputNode(dim)]
-    condition = Ff.ConditionNode(cond)
-    for k in range(blocks):
-        arguments = {"subnet_constructor": subnet, "clamp": clamp}
-        nodes.append(Ff.Node(nodes[-1], Fm.GLOWCouplingBlock, arguments, conditions=condition))
-        nodes.append(Ff.Node(nodes[-1], Fm.PermuteRandom, {"seed": k}))
-    return Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1]), condition]).eval()
-
-
-def hoisted_flop(dim: int, hidden: tuple[int, ...], rows: int) -> float:
-    half = dim // 2
-    widths = [half, *hidden, 2 * half]
-    return 2.0 * rows * 2 * BLOCKS * sum(a * b for a, b in pairwise(widths))
 
 
 class GlowStep(nn.Module):
@@ -224,7 +193,7 @@ def main() -> None:
         rates["medium"] = gemm_rate(torch.bfloat16)
     rows = []
     for name, dim, cond_dim, hidden, count, in_a_row in WORKLOADS:
-        net = build(dim, cond_dim, hidden)
+        net = freia_flow(dim, cond_dim, hidden)
         z, cond = torch.randn(1, count, dim), torch.randn(1, cond_dim)
         flat, repeated = z[0], cond.repeat(count, 1)
         samplers = {p: fasthyp.HypothesisSampler(net, precision=p) for p in rates}

@@ -229,7 +229,7 @@ def section() -> str:
     caption = [
         "Medians, and ratios to the peer, eager and under `torch.compile`, of contenders that take",
         "turns in one process. `benchmarks/bench_NAME.py` measures, `benchmarks/results/` holds",
-        "the figures (of the commit in brackets), `benchmarks/summary.py` makes this table of them.",
+        "the figures (of the commit in brackets), and `benchmarks/summary.py` makes this table.",
         *origins([f"{name}_avx2" for name in names] + names),
     ]
     here, there = rates("coupling_avx2"), rates("coupling")
