@@ -38,17 +38,27 @@ def test_share_of_the_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["ratio"] == 2.5
 
 
-@pytest.mark.parametrize("family", ["coupling", "skinning", "procrustes"])
+@pytest.mark.parametrize("family", sorted({*_bench.FAMILIES} - {"heatmaps"}))
 def test_both_sides_compute_the_same(family: str) -> None:
-    with torch.no_grad():
+    with torch.set_grad_enabled(family in _bench._WITH_GRADIENTS):
         for workload in _bench.FAMILIES[family]("cpu", True):
             assert workload.theirs is not None
             theirs, ours = workload.theirs(), workload.ours()
             if family == "coupling":
                 theirs, ours = theirs[0], ours[0]
+            if family == "gaussian_fit":
+                theirs, ours = torch.from_numpy(theirs), ours.rmse
             assert isinstance(ours, Tensor)
             error = (ours - theirs).norm() / theirs.norm()
-            assert error < 1e-4, workload.name
+            # the formula's distances from inner products are poor in float32
+            assert error < (0.02 if family == "mmd" else 1e-3), workload.name
+
+
+def test_samples_of_heatmaps_have_the_same_mean() -> None:
+    (workload,) = _bench.heatmaps("cpu", True)
+    assert workload.theirs is not None
+    theirs, ours = (run().mean((0, 1)) for run in (workload.theirs, workload.ours))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=4.0)
 
 
 def test_peer_that_is_not_installed(

@@ -59,12 +59,14 @@ def coupling_training(device: str, quick: bool) -> Iterator[Workload]:
     z = torch.randn(images * count, dim, device=device)
     cond = torch.randn(images, cond_dim, device=device, requires_grad=True)
 
-    def step(model: Any) -> None:
+    def step(model: Any) -> Tensor | None:
         for parameter in net.parameters():  # as after a step of an optimizer
             increment_version(parameter)
             parameter.grad = None
         cond.grad = None
-        model(z, c=[cond.repeat_interleave(count, 0)], rev=True)[0].abs().mean().backward()
+        loss = model(z, c=[cond.repeat_interleave(count, 0)], rev=True)[0].abs().mean()
+        loss.backward()
+        return cond.grad
 
     yield Workload(
         f"{dim}-d flow, inverse + backward, {images} x {count} rows",
@@ -108,9 +110,10 @@ def mmd(device: str, quick: bool) -> Iterator[Workload]:
     for shape in ((1088, 25, 2), (1, 500 if quick else 2000, 48)):
         x, y = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
 
-        def step(function: Callable[..., Tensor], x: Tensor = x, y: Tensor = y) -> None:
+        def step(function: Callable[..., Tensor], x: Tensor = x, y: Tensor = y) -> Tensor | None:
             x.grad = y.grad = None
             function(x, y, bandwidths=bandwidths).sum().backward()
+            return x.grad
 
         yield Workload(
             f"{' x '.join(map(str, shape))}, forward + backward",
