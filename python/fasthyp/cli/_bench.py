@@ -230,7 +230,8 @@ def run(family: str | None, *, quick: bool, json_path: Path | None) -> None:
 
 
 def _print(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    place = machine.get("gpu"), machine["processor"], f"{machine['threads']} threads"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    place = machine.get("gpu"), machine["processor"], threads
     table = Table(
         title=", ".join([*filter(None, place), machine["simd"], f"torch {machine['torch']}"]),
         caption="Medians of runs in turn. of GEMM: of the rate of a large float32 product.",
