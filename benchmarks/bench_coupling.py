@@ -1,31 +1,30 @@
 """1000 hypotheses of a coupling flow: fasthyp against FrEIA and the nflows fork's architecture,
 eager and compiled, in one process.
 
-    python benchmarks/bench_coupling.py [--json FILE] [--seconds S] [--no-compile]
+    python benchmarks/bench_coupling.py [--json FILE] [--seconds S] [--no-compile] [--sweep]
 
 Each row is one workload at one precision; "accelerated" is the FrEIA module itself after
 ``fasthyp.accelerate``, called as FrEIA is, with one condition row per hypothesis. ``rate`` is the
 share of the rate of one large torch matrix product of the same operand type, counting only the
 work that is left once the condition's part of each first layer is computed once per image.
-bfloat16 runs only where the processor multiplies it.
+bfloat16 runs only where the processor multiplies it. ``--sweep`` measures instead how time grows
+with the number of hypotheses (``coupling_sweep.json``, which ``summary.py --plots`` draws).
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import resources
-from itertools import pairwise
 from typing import Any
 
-import FrEIA.framework as Ff
-import FrEIA.modules as Fm
 import numpy as np
 import torch
 from _timing import gemm_rate, interleaved, report
 from torch import Tensor, nn
 
 import fasthyp
+from fasthyp._peers import freia_flow, hoisted_flop
 from fasthyp.flows.program import ResidualBlock, ResidualMLP
 from fasthyp.ops import coupling as ops
 from fasthyp.reference.coupling import CouplingLayer, LinearLayer, LinearMap
@@ -37,35 +36,7 @@ WORKLOADS = (
     ("48-d, 2-layer 1024, 1 hypothesis, again and again", 48, 56, (1024,), 1, 20),
     ("48-d, 2-layer 1024, 1 hypothesis, weights not in cache", 48, 56, (1024,), 1, 1),
 )
-BLOCKS = 8
-
-
-def build(
-    dim: int, cond: int, hidden: tuple[int, ...], blocks: int = BLOCKS, clamp: float = 2.0
-) -> Ff.GraphINN:
-    """The chain that the published models use: 8 x (GLOW coupling, permutation), clamp 2."""
-
-    def subnet(inputs: int, outputs: int) -> nn.Module:
-        layers: list[nn.Module] = []
-        for width in hidden:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
-            inputs = width
-        return nn.Sequential(*layers, nn.Linear(inputs, outputs))
-
-    torch.manual_seed(0)
-    nodes: list[Any] = [Ff.InputNode(dim)]
-    condition = Ff.ConditionNode(cond)
-    for k in range(blocks):
-        arguments = {"subnet_constructor": subnet, "clamp": clamp}
-        nodes.append(Ff.Node(nodes[-1], Fm.GLOWCouplingBlock, arguments, conditions=condition))
-        nodes.append(Ff.Node(nodes[-1], Fm.PermuteRandom, {"seed": k}))
-    return Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1]), condition]).eval()
-
-
-def hoisted_flop(dim: int, hidden: tuple[int, ...], rows: int) -> float:
-    half = dim // 2
-    widths = [half, *hidden, 2 * half]
-    return 2.0 * rows * 2 * BLOCKS * sum(a * b for a, b in pairwise(widths))
+SWEEP = (1, 3, 10, 30, 100, 300, 1000, 3000, 10_000)
 
 
 class GlowStep(nn.Module):
@@ -210,6 +181,25 @@ def bundled_model() -> list[dict[str, Any]]:
     ]
 
 
+def sweep(options: argparse.Namespace, precisions: Iterable[str]) -> list[dict[str, Any]]:
+    """The 48-d flow for one image and more and more hypotheses."""
+    dim, cond_dim = 48, 56
+    net, cond = freia_flow(dim, cond_dim, (1024,)), torch.randn(1, cond_dim)
+    samplers = {p: fasthyp.HypothesisSampler(net, precision=p) for p in precisions}
+    rows = []
+    for count in SWEEP:
+        z, repeated = torch.randn(1, count, dim), cond.repeat(count, 1)
+        contenders: dict[str, Callable[[], Any]] = {
+            "eager": lambda z=z[0], c=repeated: net(z, c=[c], rev=True),
+            **{p: lambda s=s, z=z: s(cond, z=z) for p, s in samplers.items()},
+        }
+        with torch.no_grad():
+            times = interleaved(contenders, options.seconds)
+        row: dict[str, Any] = {"workload": "48-d, 2-layer 1024, 1 image", "hypotheses": count}
+        rows.append(row | {f"{name}_ms": found["ms"] for name, found in times.items()})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -217,14 +207,18 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--seconds", type=float, default=6.0, help="per workload")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--sweep", action="store_true", help="growth with the hypotheses instead")
     options = parser.parse_args()
 
     rates = {"highest": gemm_rate(torch.float32)}
     if ops.operand_dtype("medium", torch.float32) == torch.bfloat16:
         rates["medium"] = gemm_rate(torch.bfloat16)
+    if options.sweep:
+        report(*("coupling flow, growth", sweep(options, rates), options.json), sweep="hypotheses")
+        return
     rows = []
     for name, dim, cond_dim, hidden, count, in_a_row in WORKLOADS:
-        net = build(dim, cond_dim, hidden)
+        net = freia_flow(dim, cond_dim, hidden)
         z, cond = torch.randn(1, count, dim), torch.randn(1, cond_dim)
         flat, repeated = z[0], cond.repeat(count, 1)
         samplers = {p: fasthyp.HypothesisSampler(net, precision=p) for p in rates}

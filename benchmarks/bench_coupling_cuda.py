@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from _timing import interleaved, report
-from bench_coupling import build, hoisted_flop
 from torch import Tensor
 
 import fasthyp
+from fasthyp._peers import freia_flow, hoisted_flop
 
 WORKLOADS = (
     # name, dim, condition, hidden layers, images, hypotheses of each
@@ -88,7 +88,7 @@ def main() -> int:
     rates = {precision: product_rate(precision) for precision in PRODUCTS}
     rows = []
     for name, dim, cond_dim, hidden, images, count in WORKLOADS:
-        net = build(dim, cond_dim, hidden).cuda()
+        net = freia_flow(dim, cond_dim, hidden).cuda()
         cond = torch.randn(images, cond_dim, device="cuda")
         z = torch.randn(images, count, dim, device="cuda")
         flat, repeated = z.flatten(0, 1), cond.repeat_interleave(count, 0)

@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 from _timing import gemm_rate, interleaved, report, save
-from bench_coupling import BLOCKS, Glow, build, hoisted_flop
+from bench_coupling import Glow
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 import fasthyp
+from fasthyp._peers import BLOCKS, freia_flow, hoisted_flop
 from fasthyp.ops import coupling_training as training
 from fasthyp.ops.coupling_training import TrainableFlow
 
@@ -90,7 +91,7 @@ def freia(
 ) -> list[dict[str, Any]]:
     """A pass over images x count rows, then backward; NLL forward, a pose loss inverse."""
     dim, cond_dim, hidden = shape
-    net = build(dim, cond_dim, hidden).train()
+    net = freia_flow(dim, cond_dim, hidden).train()
     x = torch.randn(images * count, dim)
     cond = torch.randn(images, cond_dim, requires_grad=True)
     target = torch.randn(dim)
@@ -168,7 +169,7 @@ def depths() -> list[dict[str, Any]]:
     rows = []
     for blocks in (2, 4, 8, 16, 32):
         row: dict[str, Any] = {"workload": "48-d, inverse, 64 x 200 rows", "blocks": blocks}
-        net = build(48, 56, (1024,), blocks=blocks).train()
+        net = freia_flow(48, 56, (1024,), blocks=blocks).train()
         z = torch.randn(64, 200, 48)
         cond = torch.randn(64, 56, requires_grad=True)
         for mode in training.CHECKPOINTS if blocks <= 8 else ("reversible",):
@@ -192,7 +193,7 @@ def drift() -> list[dict[str, Any]]:
     for clamp in (2.0, 5.0):
         for blocks in (8, 16, 32):
             row: dict[str, Any] = {"workload": f"48-d, clamp {clamp:g}", "blocks": blocks}
-            net = build(48, 56, (256,), blocks=blocks, clamp=clamp)
+            net = freia_flow(48, 56, (256,), blocks=blocks, clamp=clamp)
             x, cond = torch.randn(256, 48), torch.randn(256, 56)
             accelerated, bare = fasthyp.accelerate(net), fasthyp.accelerate(net)
             _keep_no_states(bare, x, cond)

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from _timing import interleaved, report
-from bench_coupling import build, hoisted_flop
 from bench_coupling_cuda import PRODUCTS, product_rate, synchronized
 from torch import Tensor, nn
 
+from fasthyp._peers import freia_flow, hoisted_flop
 from fasthyp.flows import freia
 from fasthyp.ops import coupling_training
 from fasthyp.ops._coupling_plan import describe
@@ -103,7 +103,7 @@ def main() -> int:
     rates = {precision: product_rate(precision) for precision in precisions}
     rows: list[dict[str, Any]] = []
     for name, dim, cond_dim, hidden, images, count in WORKLOADS:
-        net = build(dim, cond_dim, hidden).cuda()
+        net = freia_flow(dim, cond_dim, hidden).cuda()
         parameters = [p for p in net.parameters() if p.requires_grad]
         cond = torch.randn(images, cond_dim, device="cuda", requires_grad=True)
         z = torch.randn(images, count, dim, device="cuda", requires_grad=True)

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from _timing import interleaved, report
-from bench_gaussian_fit import scipy_fit
 from torch import Tensor
 
 import fasthyp
 from fasthyp._graphs import Noise
+from fasthyp._peers import scipy_fit
 from fasthyp.estimator import is_fitted
 from fasthyp.models import LiftingFlow
 from fasthyp.observations import Gaussians

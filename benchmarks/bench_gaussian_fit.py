@@ -11,7 +11,6 @@ the wait for it.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Callable
 from functools import partial
@@ -21,32 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from _timing import interleaved, report
-from scipy.optimize import curve_fit
 from torch import Tensor
 
 import fasthyp
-
-
-def model(cells: Any, A: float, x0: float, y0: float, sx: float, t: float, sy: float) -> Any:
-    x, y = cells
-    a = np.cos(t) ** 2 / (2 * sx**2) + np.sin(t) ** 2 / (2 * sy**2)
-    b = -np.sin(2 * t) / (4 * sx**2) + np.sin(2 * t) / (4 * sy**2)
-    c = np.sin(t) ** 2 / (2 * sx**2) + np.cos(t) ** 2 / (2 * sy**2)
-    return A * np.exp(-(a * (x - x0) ** 2 + 2 * b * (x - x0) * (y - y0) + c * (y - y0) ** 2))
-
-
-def scipy_fit(maps: np.ndarray) -> np.ndarray:
-    """Root mean square residuals (N,) of the fits to (N, H, W); the start's where it gives up."""
-    _, height, width = maps.shape
-    y, x = (axis.ravel().astype(float) for axis in np.mgrid[:height, :width])
-    out = []
-    for h in maps:
-        place = int(h.argmax())
-        best = np.array([h.max(), place % width, place // width, 2.0, 0.0, 2.0])
-        with contextlib.suppress(RuntimeError):
-            best, _ = curve_fit(model, (x, y), h.ravel(), best)
-        out.append(np.sqrt(np.mean((model((x, y), *best) - h.ravel()) ** 2)))
-    return np.array(out)
+from fasthyp._peers import scipy_fit
 
 
 def same_minimum(maps: Tensor) -> float:

@@ -18,18 +18,7 @@ from _timing import interleaved, report
 from torch import Tensor
 
 import fasthyp
-
-
-def multinomial(maps: Tensor, n: int, temperature: float) -> Tensor:
-    """The steps of HUMR's HeatmapSampler: (B, n, J, 2)."""
-    images, joints, _, width = maps.shape
-    weights = maps.clone()
-    weights[weights < 0] = 0
-    weights = weights.pow(temperature)
-    weights[weights.sum((2, 3)) <= 0] = 0.001
-    cells = torch.multinomial(weights.flatten(0, 1).flatten(1), n, replacement=True)
-    cells = cells.reshape(images, joints, n).transpose(1, 2).float()
-    return torch.stack([cells % width, torch.div(cells, width, rounding_mode="floor")], -1)
+from fasthyp._peers import multinomial
 
 
 def run(sample: Callable[..., Tensor], maps: Tensor, n: int, temperature: float) -> None:

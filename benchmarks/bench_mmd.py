@@ -1,12 +1,14 @@
 """Squared maximum mean discrepancy, forward and backward: fasthyp against the formula in PyTorch.
 
-    python benchmarks/bench_mmd.py [--json FILE] [--seconds S] [--no-compile]
+    python benchmarks/bench_mmd.py [--json FILE] [--seconds S] [--no-compile] [--sweep]
 
 1088 joints with 25 samples in 2 dimensions, as in a training step of HUMR, and one problem of 4000
 samples in 48, as in the training of Wehrbein et al. `eager` is what their codes compute (Gram
 matrices, three bandwidths), `compiled` the same under torch.compile; KeOps, where installed, does
 the large problem. Memory is what a call has at its peak beyond what it was given (CPU: of the
-process; a fresh one for each). On a GPU, times include the launch and the wait for it.
+process; a fresh one for each). On a GPU, times include the launch and the wait for it. `--sweep`
+measures instead how time grows with the number of samples (`mmd_sweep.json`, which `summary.py
+--plots` draws).
 """
 
 from __future__ import annotations
@@ -24,24 +26,12 @@ from _timing import interleaved, report
 from torch import Tensor
 
 import fasthyp
+from fasthyp._peers import gram_mmd
 
 BANDWIDTHS = (0.05, 0.2, 0.9)
 WORKLOADS = {"1088 x 25 x 2": (1088, 25, 2), "4000 x 48": (1, 4000, 48)}
-
-
-def gram(x: Tensor, y: Tensor) -> Tensor:
-    """The biased estimate of each problem by Gram matrices and one matrix for each kernel."""
-    xx, yy, xy = x @ x.mT, y @ y.mT, x @ y.mT
-    x_square, y_square = (m.diagonal(dim1=-2, dim2=-1)[..., None] for m in (xx, yy))
-    distances = (
-        x_square + x_square.mT - 2 * xx,
-        y_square + y_square.mT - 2 * yy,
-        x_square + y_square.mT - 2 * xy,
-    )
-    within_x, within_y, across = (
-        sum(a**2 / (a**2 + distance) for a in BANDWIDTHS) for distance in distances
-    )
-    return (within_x + within_y - 2 * across).mean((-2, -1))
+SWEEP = (125, 250, 500, 1000, 2000, 4000, 8000, 16_000)
+LARGEST_GRAM = 4000  # 1.3 GB
 
 
 def keops(x: Tensor, y: Tensor) -> Tensor:
@@ -97,9 +87,21 @@ def print_peak(contender: str, workload: str) -> None:
 
 
 CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "eager": gram,
+    "eager": partial(gram_mmd, bandwidths=BANDWIDTHS),
     "fasthyp": partial(fasthyp.mmd2, bandwidths=BANDWIDTHS),
 }
+
+
+def sweep(device: str, seconds: float) -> list[dict[str, Any]]:
+    """One problem in 48 dimensions of more and more samples; the formula as far as memory goes."""
+    rows = []
+    for n in SWEEP:
+        x, y = (torch.randn(1, n, 48, device=device, requires_grad=True) for _ in range(2))
+        fit = {k: f for k, f in CONTENDERS.items() if k != "eager" or n <= LARGEST_GRAM}
+        times = interleaved({k: partial(run, f, x, y) for k, f in fit.items()}, seconds)
+        row: dict[str, Any] = {"workload": "MMD in 48 dimensions, forward + backward", "n": n}
+        rows.append(row | {f"{name}_ms": found["ms"] for name, found in times.items()})
+    return rows
 
 
 def main() -> None:
@@ -109,15 +111,20 @@ def main() -> None:
     parser.add_argument("--json", help="write the rows here")
     parser.add_argument("--seconds", type=float, default=8.0, help="per workload")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--sweep", action="store_true", help="growth with the samples instead")
     parser.add_argument("--peak", nargs=2, metavar=("NAME", "WORKLOAD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print_peak(*options.peak)
         return
+    if options.sweep:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        report("MMD, growth", sweep(device, options.seconds), options.json, sweep="n")
+        return
 
     contenders = dict(CONTENDERS)
     if not options.no_compile:
-        contenders["compiled"] = torch.compile(gram, dynamic=False)
+        contenders["compiled"] = torch.compile(CONTENDERS["eager"], dynamic=False)
     try:
         import pykeops  # noqa: F401
     except ImportError:

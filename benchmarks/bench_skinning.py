@@ -34,9 +34,9 @@ from _timing import interleaved, report
 from torch import Tensor
 
 from fasthyp import body, geometry
+from fasthyp._peers import SMPL_PARENTS, body_arrays
 
-VERTICES, SHAPES, JOINTS, KEYPOINTS = 6890, 10, 24, 17
-PARENTS = [-1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 12, 13, 14, 16, 17, 18, 19, 20, 21]
+VERTICES, SHAPES, JOINTS = 6890, 10, 24
 
 Run = Callable[[], Any]
 
@@ -45,27 +45,7 @@ class Model:
     """The arrays of the model and the regressor."""
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        def choice(rows: int, columns: int, count: int) -> Tensor:
-            """Rows of `count` positive numbers that sum to one, zeros elsewhere."""
-            chosen = torch.rand(rows, columns, generator=generator).topk(count).indices
-            weights = torch.rand(rows, count, generator=generator) + 0.05
-            weights /= weights.sum(1, keepdim=True)
-            return torch.zeros(rows, columns).scatter_(1, chosen, weights)
-
-        self.arrays = (
-            0.5 * normal(VERTICES, 3),
-            0.01 * normal(VERTICES, 3, SHAPES),
-            0.005 * normal(9 * (JOINTS - 1), 3 * VERTICES),
-            choice(JOINTS, VERTICES, 16),
-            torch.tensor(PARENTS),
-            choice(VERTICES, JOINTS, 4),
-        )
-        self.regressor = choice(KEYPOINTS, VERTICES, 64)
+        self.arrays, self.regressor = body_arrays()
         self.model = body.SkinningModel(*self.arrays)
 
     def bodies(self, count: int, numbers: int = 3, gradients: bool = False) -> tuple[Tensor, ...]:
@@ -159,7 +139,7 @@ def calls(model: Model) -> dict[str, dict[str, Run]]:
         "posedirs": np.ascontiguousarray(poses.reshape(-1, VERTICES, 3).transpose(1, 2, 0)),
         "J_regressor": regressor,
         "weights": weights,
-        "kintree_table": np.array([[2**32 - 1, *PARENTS[1:]], range(JOINTS)], np.int64),
+        "kintree_table": np.array([[2**32 - 1, *SMPL_PARENTS[1:]], range(JOINTS)], np.int64),
         "f": np.arange(VERTICES // 3 * 3).reshape(-1, 3),
     }
     peer, ours = SMPL("", data_struct=Struct(**arrays)), body.SMPL(arrays)

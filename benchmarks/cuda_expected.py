@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_coupling import build
 
 import fasthyp
+from fasthyp._peers import freia_flow
 from fasthyp.flows import describe
 from fasthyp.ops import _coupling_cuda
 from fasthyp.ops._coupling_steps import fold
@@ -48,8 +48,8 @@ def flows() -> dict[str, Any]:
             if hasattr(part, "initialized"):
                 part.initialized.fill_(True)
     return {
-        "48-d, 8 blocks, 2-layer 1024, condition 56": build(48, 56, (1024,)),
-        "132-d, 8 blocks, 3-layer 1024, condition 979": build(132, 979, (1024, 1024)),
+        "48-d, 8 blocks, 2-layer 1024, condition 56": freia_flow(48, 56, (1024,)),
+        "132-d, 8 blocks, 3-layer 1024, condition 979": freia_flow(132, 979, (1024, 1024)),
         "ConditionalGlow 144-d, 4 layers, context 2048": glow,
     }
 

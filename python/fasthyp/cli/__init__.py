@@ -270,6 +270,32 @@ def doctor(as_json: Json = False) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
+@app.command()
+def bench(
+    family: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FAMILY",
+            help="coupling, coupling_training, gaussian_fit, heatmaps, mmd, skinning or "
+            "procrustes.",
+            show_default="all",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, on smaller inputs.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows here.")
+    ] = None,
+) -> None:
+    """Time the kernels on this machine against the code that one would run without them.
+
+    Peers are FrEIA, the formulas in PyTorch, and SciPy and smplx where they are installed; all of a
+    row take turns in one process. On a CUDA device too, where the kernels are built for it.
+    """
+    from fasthyp.cli._bench import run
+
+    run(family, quick=quick, json_path=json_path)
+
+
 @app.command(
     help="Train a model: one of " + ", ".join(_SYSTEMS) + ".\n\nWrites the configuration, the "
     "curves, the last checkpoint and the best model into a folder."
