@@ -31,7 +31,8 @@ def run(
     Raises:
         ValueError, OSError: in one line what is wrong; nothing is then written.
     """
-    out = input.with_suffix(".html") if out is None else out
+    name = input.resolve().name
+    out = input.parent / f"{name.removesuffix('.npz')}.html" if out is None else out
     if out.resolve() in [path.resolve() for path in (input, heatmaps) if path is not None]:
         raise ValueError(f"{out}: expected another file than those to read")
     if not input.exists():
@@ -52,7 +53,7 @@ def run(
             )
         arguments["observations"] = observations.persons(chosen)
     try:
-        write_viewer(out, **arguments, first=chosen.start, title=input.resolve().name)
+        write_viewer(out, **arguments, first=chosen.start, title=name)
     except ValueError as error:
         raise ValueError(f"{input}: {error}") from error
 

@@ -100,20 +100,26 @@ function colours() {
   return { sides: SIDES.map(read), paper: read("pad"), line: read("muted") };
 }
 
-/** The heatmaps of all joints, or of one, as a picture in the joints' colours. */
+/** The heatmaps of all joints, or of one, as a picture in the joints' colours, mixed by weight. */
 function heatmapPicture(person) {
   const [height, width] = person.size, cells = height * width;
   person.maps ??= bytes(person.heatmaps);
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   const sides = colours().sides, top = Math.max(...person.peak, 1e-12);
-  for (let j = 0; j < J; j++) {
-    if (state.joint >= 0 && state.joint !== j) continue;
-    const scale = state.joint < 0 ? person.peak[j] / top : 1;
-    for (let i = 0; i < cells; i++) {
-      const alpha = 225 * (person.maps[j * cells + i] / 255) ** 0.8 * scale ** 0.5;
-      if (alpha > image.data[4 * i + 3]) image.data.set([...sides[SIDE[j]], alpha], 4 * i);
+  const joints = state.joint < 0 ? [...person.peak.keys()] : [state.joint];
+  for (let i = 0; i < cells; i++) {
+    let sum = 0, most = 0;
+    const mixed = [0, 0, 0];
+    for (const j of joints) {
+      // a faint joint is lifted, so that it is seen beside a bright one
+      const scale = state.joint < 0 ? Math.sqrt(person.peak[j] / top) : 1;
+      const opacity = (person.maps[j * cells + i] / 255) ** 0.8 * scale, weight = opacity * opacity;
+      sum += weight;
+      most = Math.max(most, opacity);
+      sides[SIDE[j]].forEach((c, d) => (mixed[d] += weight * c));
     }
+    image.data.set([...mixed.map((c) => c / Math.max(sum, 1e-12)), 225 * most], 4 * i);
   }
   context.putImageData(image, 0, 0);
   return canvas.toDataURL();
@@ -143,7 +149,7 @@ function drawSeen() {
   }
   const box = [high[0] - low[0], high[1] - low[1]];
   svg.setAttribute("viewBox", `${low[0]} ${low[1]} ${box[0]} ${box[1]}`);
-  const pixel = box[0] / Math.max(svg.clientWidth, 1); // in cells
+  const pixel = Math.max(box[0] / Math.max(svg.clientWidth, 1), box[1] / Math.max(svg.clientHeight, 1)); // in cells
   if (person.picture) {
     const [left, top, right, bottom] = person.picture.box;
     element("image", {
@@ -371,7 +377,7 @@ function upload() {
 
 /** Squares of 200 mm below the lowest joint. */
 function grid({ mean, middle, std }) {
-  const half = 1000, step = 200, numbers = [];
+  const half = 800, step = 200, numbers = [];
   const y = Math.max(...std.map((s, j) => mean[3 * j + 1]));
   const [x, z] = [middle[0], middle[2]].map((v) => Math.round(v / step) * step);
   for (let k = -half; k <= half; k += step) {
@@ -413,7 +419,9 @@ function skeleton(matrix, unit) {
     a: bone[0], b: bone[1], side: boneSide(bone), radius: 3, depth: (depth[bone[0]] + depth[bone[1]]) / 2,
   }));
   for (let j = 0; j < J; j++) {
-    parts.push({ a: j, b: j, side: SIDE[j], radius: j === state.joint ? 8 : 5, depth: depth[j] - 20 });
+    const ends = parts.filter((part) => part.a !== part.b && (part.a === j || part.b === j));
+    const nearest = Math.min(depth[j], ...ends.map((part) => part.depth)) - 1; // over its own bones
+    parts.push({ a: j, b: j, side: SIDE[j], radius: j === state.joint ? 8 : 5, depth: nearest });
   }
   parts.sort((p, q) => q.depth - p.depth);
   const numbers = [];
@@ -484,23 +492,26 @@ const stage = $(".stage"), tip = $("#tip");
 const names = LABEL.map((label) => {
   const name = Object.assign(document.createElement("span"), { className: "name", textContent: label });
   name.setAttribute("aria-hidden", "true");
+  name.hidden = true;
   return stage.appendChild(name);
 });
 
+/** Names beside the joints, away from the middle of the body; more is said of the one hovered. */
 function drawNames(matrix) {
-  const pose = selected();
+  const pose = selected(), places = LABEL.map((_, j) => project(matrix, pose, j));
+  const middle = places.reduce((sum, [x]) => sum + x, 0) / J;
+  const put = (part, j) => {
+    const [x, y] = places[j], left = x < middle;
+    part.style.transform = `translate(${x + (left ? -12 : 12)}px, ${y}px) translate(${left ? -100 : 0}%, -50%)`;
+  };
   names.forEach((name, j) => {
     name.hidden = !state.names || j === state.joint;
-    if (name.hidden) return;
-    const [x, y] = project(matrix, pose, j);
-    name.style.transform = `translate(${x + 9}px, ${y}px) translateY(-50%)`;
+    if (!name.hidden) put(name, j);
   });
   tip.hidden = state.joint < 0;
   if (tip.hidden) return;
-  const [x, y] = project(matrix, pose, state.joint);
   tip.textContent = `${LABEL[state.joint]}: ${describe(state.joint)}`;
-  const flip = x > canvas.clientWidth / 2;
-  tip.style.transform = `translate(${x + (flip ? -14 : 14)}px, ${y}px) translate(${flip ? -100 : 0}%, -50%)`;
+  put(tip, state.joint);
 }
 
 let waiting = 0;
@@ -643,4 +654,5 @@ readAddress();
 show();
 addEventListener("hashchange", readAddress);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show());
-new ResizeObserver(() => (drawSeen(), redraw())).observe(document.body);
+const resized = new ResizeObserver(() => (drawSeen(), redraw()));
+for (const part of [stage, $("#seen")]) resized.observe(part);
