@@ -171,12 +171,14 @@ function drawSeen() {
     element("ellipse", { ...shape, class: "line" }, group);
     element("ellipse", { ...shape, class: "hit" }, group);
     element("circle", { cx: x, cy: y, r: (on ? 5 : 3.5) * pixel, "stroke-width": 1.2 }, group);
-    if (state.joint >= 0 && !on) return;
+  });
+  fits.forEach((fit, j) => {
+    if (!fit || (state.joint >= 0 && state.joint !== j)) return;
     const right = SIDE[j] === 1;
     const name = element("text", {
-      x: x + (right ? -8 : 8) * pixel, y: heights[j] + 4 * pixel, "text-anchor": right ? "end" : "start",
-      "font-size": 11.5 * pixel, "stroke-width": 3 * pixel,
-    }, group);
+      x: fit.mean[0] + (right ? -8 : 8) * pixel, y: heights[j] + 4 * pixel, "text-anchor": right ? "end" : "start",
+      "font-size": 11.5 * pixel, "stroke-width": 3 * pixel, class: state.joint === j ? "on" : "",
+    }, svg);
     name.textContent = LABEL[j];
   });
 }
@@ -454,8 +456,8 @@ function use(name, buffer, attributes, uniforms) {
   }
 }
 
-/** One frame: at most five draw calls, however many hypotheses there are. */
-function draw() {
+/** One frame of a share of the hypotheses: at most five draw calls, however many there are. */
+function draw(share = 1) {
   if (!gl || gl.isContextLost()) return;
   const unit = Math.min(devicePixelRatio || 1, 2);
   const [width, height] = [canvas.clientWidth, canvas.clientHeight].map((v) => Math.max(1, Math.round(v * unit)));
@@ -468,15 +470,16 @@ function draw() {
   gl.clearColor(...paper, 1);
   gl.clear(gl.COLOR_BUFFER_BIT);
 
-  const thin = (buffer, kind, alpha, size) => {
+  const thin = (buffer, kind, count, alpha, size) => {
     use("cloud", buffer, [["point", 4]], { camera: matrix, sides, alpha, size });
-    gl.drawArrays(kind, 0, buffers[buffer].count);
+    gl.drawArrays(kind, 0, count);
   };
-  thin("grid", gl.LINES, 0.22, 1);
+  thin("grid", gl.LINES, buffers.grid.count, 0.22, 1);
   if (state.cloud) {
-    const opacity = Math.min(0.5, Math.max(0.012, 45 / data.hypotheses));
-    thin("lines", gl.LINES, opacity, 1);
-    thin("dots", gl.POINTS, Math.min(1, 3 * opacity), 2 * unit);
+    const drawn = Math.ceil(share * data.hypotheses);
+    const opacity = Math.min(0.5, Math.max(0.012, 45 / drawn));
+    thin("lines", gl.LINES, 2 * data.bones.length * drawn, opacity, 1);
+    thin("dots", gl.POINTS, J * drawn, Math.min(1, 3 * opacity), 2 * unit);
   }
   if (state.ellipsoids) {
     use("ellipsoids", "ellipsoids", [["point", 4], ["normal", 3]], { camera: matrix, sides, back });
@@ -514,11 +517,20 @@ function drawNames(matrix) {
   put(tip, state.joint);
 }
 
-let waiting = 0;
+// Where frames take long (no GPU), fewer hypotheses are drawn while things move, all at rest.
+const pace = { waiting: 0, last: -Infinity, share: 1, rest: 0 };
+
 function redraw() {
-  waiting ||= requestAnimationFrame(() => {
-    waiting = 0;
-    draw();
+  pace.waiting ||= requestAnimationFrame((now) => {
+    const took = now - pace.last;
+    if (took < 1000) {
+      if (took > 40) pace.share = Math.max(0.02, pace.share * 0.6);
+      else if (took < 20) pace.share = Math.min(1, pace.share * 1.05);
+    }
+    Object.assign(pace, { waiting: 0, last: now });
+    draw(pace.share);
+    clearTimeout(pace.rest);
+    if (pace.share < 1) pace.rest = setTimeout(draw, 250);
   });
 }
 
@@ -654,5 +666,5 @@ readAddress();
 show();
 addEventListener("hashchange", readAddress);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => show());
-const resized = new ResizeObserver(() => (drawSeen(), redraw()));
+const resized = new ResizeObserver(() => (drawSeen(), draw(pace.share), redraw())); // before it is painted
 for (const part of [stage, $("#seen")]) resized.observe(part);
