@@ -300,6 +300,19 @@ addEventListener("load", () => {
   said.picker = [...picker.options].map((option) => option.text);
   said.panel = [box.left, box.top, box.width, box.height];
   said.joints = LABEL.map((_, j) => project(matrix, pose, j).slice(0, 2));
+  const painted = (shown) => {
+    Object.assign(state, shown);
+    draw();
+    const colours = new Uint8Array(4 * canvas.width * canvas.height);
+    gl.readPixels(0, 0, canvas.width, canvas.height, gl.RGBA, gl.UNSIGNED_BYTE, colours);
+    const pixels = new Uint32Array(colours.buffer);
+    return pixels.filter((pixel) => pixel !== pixels[0]).length;
+  };
+  if (gl) {
+    const none = { cloud: false, ellipsoids: false };
+    said.painted = [none, { ...none, cloud: true }, { ...none, ellipsoids: true }].map(painted);
+    painted({ cloud: true, ellipsoids: false });
+  }
   rank.value = 2;
   rank.dispatchEvent(new Event("input"));
   said.ranked = chosen();
@@ -372,6 +385,8 @@ def test_browser_draws_the_selected_skeleton(page: Path, tmp_path: Path) -> None
     assert f"<span>{html.escape(HOSTILE)}</span>" in dom
     assert answers["webgl"]
     assert answers["error"] == 0
+    skeleton, cloud, ellipsoids = answers["painted"]
+    assert min(cloud, ellipsoids) > skeleton + 500 > 1500
     assert answers["chosen"] == text_of(0, 5)
     assert answers["picker"] == ["5", "6", "7"]
     third = int(np.argsort(-given["log_prob"][0])[2])
@@ -401,7 +416,7 @@ def test_browser_draws_the_selected_skeleton(page: Path, tmp_path: Path) -> None
         chromium(
             tmp_path / f"b{hypothesis}",
             page,
-            f"person=5&hypothesis={hypothesis}&view=front",
+            f"person=5&hypothesis={hypothesis}&view=front&cloud=0",
             f"--screenshot={file}",
         )
         pictures[hypothesis] = imread(file)[..., :3]
