@@ -78,7 +78,9 @@ def test_one_version_everywhere() -> None:
 
 def test_package_holds_its_data() -> None:
     files = resources.files("fasthyp")
-    for name in ("py.typed", "models/weights/lifting.safetensors", "data/astronaut_heatmaps.npz"):
+    page = [f"viz/viewer.{suffix}" for suffix in ("html", "css", "js")]
+    data = ["models/weights/lifting.safetensors", "data/astronaut_heatmaps.npz"]
+    for name in ("py.typed", *data, *page):
         assert (files / name).is_file(), name
 
 

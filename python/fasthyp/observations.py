@@ -67,12 +67,16 @@ class Observations:
         """One person alone; ValueError if there is no such person."""
         if not 0 <= index < len(self):
             raise ValueError(f"person: expected 0 to {len(self) - 1}, got {index}")
-        one = slice(index, index + 1)
+        return self.persons(range(index, index + 1))
+
+    def persons(self, indices: range) -> Observations:
+        """Some of the persons."""
+        some = slice(indices.start, indices.stop, indices.step)
         g = self.gaussians
         return Observations(
-            None if self.heatmaps is None else self.heatmaps[one],
-            None if g is None else Gaussians(*(values[one] for values in g)),
-            None if self.crop is None else self.crop[one],
+            None if self.heatmaps is None else self.heatmaps[some],
+            None if g is None else Gaussians(*(values[some] for values in g)),
+            None if self.crop is None else self.crop[some],
         )
 
 

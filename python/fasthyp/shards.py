@@ -270,6 +270,11 @@ class Shards:
         """(M, J, 3) mm of one person."""
         return self._of(person, "hypotheses")
 
+    @property
+    def has_log_prob(self) -> bool:
+        """Whether the model of the run has a density."""
+        return "log_prob" in self._files[0].names
+
     def log_prob(self, person: int) -> np.ndarray:
         """(M,) nats of one person's hypotheses."""
         return self._of(person, "log_prob")

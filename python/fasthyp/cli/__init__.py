@@ -204,6 +204,35 @@ def sample(
 
 
 @app.command()
+def view(
+    input: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="What `fasthyp sample` wrote: .npz or folder.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page to write.", show_default="INPUT, as .html"),
+    ] = None,
+    person: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only this person, counted from 0.", show_default="all"),
+    ] = None,
+    heatmaps: Annotated[
+        Path | None,
+        typer.Option(help="What the hypotheses were sampled from, to be shown beside them."),
+    ] = None,
+    max_persons: Annotated[int, typer.Option(min=1, help="Most persons in the page.")] = 16,
+    show: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+) -> None:
+    """Write hypotheses as a page to turn, sort and compare them in a browser.
+
+    The page is one file and needs no connection.
+    """
+    from fasthyp.cli._view import run
+
+    run(input, out, person=person, heatmaps=heatmaps, max_persons=max_persons, show=show)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")] = Path(
         "fasthyp_demo.png"

@@ -3,6 +3,7 @@
 from fasthyp.viz.figure import figure_format, pose_figure, save_figure
 from fasthyp.viz.meshes import draw_mesh, mesh_figure
 from fasthyp.viz.panels import draw_hypotheses, draw_observation, draw_uncertainty, limits
+from fasthyp.viz.viewer import write_viewer
 
 __all__ = [
     "draw_hypotheses",
@@ -14,4 +15,5 @@ __all__ = [
     "mesh_figure",
     "pose_figure",
     "save_figure",
+    "write_viewer",
 ]

@@ -42,12 +42,12 @@ def draw_observation(
     ax.set_facecolor(style.PAD)
     low, high = np.array([np.inf, np.inf]), np.array([-np.inf, -np.inf])
     if crop is not None:
-        top, bottom, left, right = _content(crop)
+        top, bottom, left, right = content_box(crop)
         # crop pixel k covers [k, k + 1]; cell j stands for crop position j * step
         step = np.array([crop.shape[1] / width, crop.shape[0] / height])
         low, high = np.array([left, top]) / step, np.array([right, bottom]) / step
         ax.imshow(
-            _faded(crop[top:bottom, left:right]),
+            faded(crop[top:bottom, left:right]),
             extent=(low[0], high[0], high[1], low[1]),
             interpolation="bicubic",
         )
@@ -240,7 +240,7 @@ def _rows() -> dict[int, float]:
     return rows
 
 
-def _content(crop: np.ndarray) -> tuple[int, int, int, int]:
+def content_box(crop: np.ndarray) -> tuple[int, int, int, int]:
     """Rows and columns [top, bottom), [left, right) that are not wholly (almost) black."""
     light = crop.max(-1) > 12
     rows, columns = np.flatnonzero(light.any(1)), np.flatnonzero(light.any(0))
@@ -249,7 +249,7 @@ def _content(crop: np.ndarray) -> tuple[int, int, int, int]:
     return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
-def _faded(crop: np.ndarray) -> np.ndarray:
+def faded(crop: np.ndarray) -> np.ndarray:
     """Less colour and more light, so that what is laid over it can be seen."""
     colour = crop.astype(np.float64) / 255
     grey = colour @ [0.299, 0.587, 0.114]

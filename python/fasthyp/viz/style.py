@@ -13,6 +13,19 @@ from fasthyp.skeleton import COCO13_BONES, COCO13_JOINTS
 LEFT, RIGHT, CENTRE = "#D55E00", "#0072B2", "#333333"
 INK, MUTED, PAPER, PAD = "#1A1A1A", "#6B6B6B", "#FFFFFF", "#ECECE8"
 
+PALETTES = {
+    "light": {
+        **{"left": LEFT, "right": RIGHT, "centre": CENTRE},
+        **{"ink": INK, "muted": MUTED, "paper": PAPER, "pad": PAD, "line": "#D9D9D6"},
+    },
+    "dark": {
+        **{"left": "#E69F00", "right": "#56B4E9", "centre": "#D0D0D0"},
+        **{"ink": "#F2F2F0", "muted": "#A3A3A0", "paper": "#15171A", "pad": "#1F2226"},
+        "line": "#3A3E44",
+    },
+}
+"""The same for pages that are read on a light or on a dark ground."""
+
 RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
